@@ -1,0 +1,23 @@
+"""S2FT for diffusers: subject-driven fine-tuning in a sparse spectrum, as a PEFT method and pipeline verbs."""
+
+from .attention import attention_targets
+from .config import S2FTConfig
+from .layer import S2FTLayer, S2FTLinear, SpectralDelta
+from .model import S2FTModel
+from .prior import estimate_prior, initialize_s2ft_weights, place_from_prior
+from .rearrange import Rearrangement
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Rearrangement",
+    "S2FTConfig",
+    "S2FTLayer",
+    "S2FTLinear",
+    "S2FTModel",
+    "SpectralDelta",
+    "attention_targets",
+    "estimate_prior",
+    "initialize_s2ft_weights",
+    "place_from_prior",
+]

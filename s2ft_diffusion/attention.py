@@ -1,0 +1,58 @@
+"""Which projections to adapt: a model's attention projections, found through its attention modules."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+Targets = Literal["qv", "attention"]
+
+# Projection names of diffusers' and transformers' attention modules, by what they make.
+_QUERY_AND_VALUE = ("to_q", "to_v", "q_proj", "v_proj", "add_q_proj", "add_v_proj")
+_KEY_AND_OUTPUT = ("to_k", "to_out.0", "k_proj", "out_proj", "add_k_proj", "to_add_out")
+
+
+def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
+    """Full names of a model's attention projections, for `S2FTConfig(target_modules=...)`.
+
+    "qv" takes query and value (the paper's setting), "attention" key and output as well. A diffusion model's attention
+    modules are those with an attention processor, whatever they are called; in other models every module with a query
+    and a value projection counts.
+
+    Raises ValueError when the model has none, or has them fused into one layer.
+    """
+    wanted = _QUERY_AND_VALUE if targets == "qv" else (*_QUERY_AND_VALUE, *_KEY_AND_OUTPUT)
+    processors = getattr(model, "attn_processors", None)
+    if processors is not None:
+        attention_names = [name.removesuffix(".processor") for name in processors]
+    else:
+        attention_names = [name for name, module in model.named_modules() if _is_attention(module)]
+    found = []
+    for attention_name in attention_names:
+        attention = model.get_submodule(attention_name)
+        if getattr(attention, "fused_projections", False):
+            raise ValueError(f"{attention_name} has fused projections; call unfuse_qkv_projections() first.")
+        found += [f"{attention_name}.{name}" for name in wanted if _is_linear(_submodule(attention, name))]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention projections that S2FT could adapt.")
+    return found
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    for part in path.split("."):
+        module = getattr(module, part, None) if not part.isdigit() else module[int(part)]
+        if module is None:
+            return None
+    return module
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Linear)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return any(_is_linear(_submodule(module, name)) for name in ("to_q", "q_proj")) and any(
+        _is_linear(_submodule(module, name)) for name in ("to_v", "v_proj")
+    )

@@ -1,0 +1,116 @@
+"""`S2FTConfig`: everything about an S2FT adapter but its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from .rearrange import Distance
+from .spectrum import CoefficientKind, Norm, Sampling
+
+
+class S2FTType(str, Enum):
+    """The name under which PEFT knows the method (a str, and an Enum because transformers reads `.value`)."""
+
+    S2FT = "S2FT"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "n_frequency": 8000,
+        "coefficients": "real",
+        "norm": "backward",
+        "distance": "euclidean",
+        "signs": False,
+        "refine": None,
+    },
+    "default": {},
+}
+
+
+@dataclass
+class S2FTConfig(PeftConfig):
+    """Configuration of an S2FT adapter (Zhang et al., CVPR 2026).
+
+    Args:
+        target_modules: names of the linear layers to adapt, or a regular expression, or "all-linear", as in PEFT.
+            `s2ft_diffusion.attention_targets` lists a diffusion model's attention projections.
+        exclude_modules: names of, or a regular expression for, layers to leave alone.
+        n_frequency: real trainable numbers in each layer; an int, or a float below 1 for a share of the layer's d * k.
+        n_frequency_pattern: layer names or regular expressions to their own `n_frequency`.
+        scaling: the factor alpha of Eq. 3, applied to every delta weight.
+        coefficients: "complex" (half plane, two numbers a position) or "real" (full plane, one number; the paper).
+        norm: the inverse transform's normalisation: "ortho" (1 / sqrt(d * k)) or "backward" (1 / (d * k); the paper).
+        sampling: how positions are drawn: "power" (Eq. 7), "low_frequency" or "random". Without a prior, as after plain
+            construction, "power" draws as "low_frequency" does until `initialize_s2ft_weights` has been called.
+        gamma: exponent of the sampling probability (Eq. 7).
+        rearrange: "nearest_neighbor" (Alg. 1) or "none" (the identity: FourierFT's setting).
+        distance: between rows and between columns: "cosine" or "euclidean" (the paper).
+        signs: let rows and columns be negated where that brings them nearer to their neighbours.
+        refine: "2opt" shortens the greedy path afterwards; None leaves it as it is (the paper).
+        seed: of starting points and positions.
+        init_weights: True starts at a delta weight of zero, False at random coefficients (for tests).
+        modules_to_save: further modules to train and save whole.
+        layers_to_transform, layers_pattern: restrict to layers by index, as in PEFT.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    n_frequency: int | float = 8000
+    n_frequency_pattern: dict[str, int | float] = field(default_factory=dict)
+    scaling: float = 1.0
+    coefficients: CoefficientKind = "complex"
+    norm: Norm = "ortho"
+    sampling: Sampling = "power"
+    gamma: float = 1.5
+    rearrange: Literal["nearest_neighbor", "none"] = "nearest_neighbor"
+    distance: Distance = "cosine"
+    signs: bool = True
+    refine: Literal["2opt"] | None = "2opt"
+    seed: int = 0
+    init_weights: bool = True
+    bias: Literal["none"] = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = S2FTType.S2FT
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        choices = {
+            "coefficients": ("complex", "real"),
+            "norm": ("ortho", "backward"),
+            "sampling": ("power", "low_frequency", "random"),
+            "rearrange": ("nearest_neighbor", "none"),
+            "distance": ("cosine", "euclidean"),
+            "refine": ("2opt", None),
+            "bias": ("none",),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name, value in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
+            if isinstance(value, bool) or value <= 0 or (isinstance(value, float) and value >= 1):
+                raise ValueError(f"{name} must be an int of at least 1 or a share above 0 and below 1, got {value!r}.")
+        if self.gamma < 0:
+            raise ValueError(f"gamma must not be negative, got {self.gamma}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform.")
+
+    @classmethod
+    def from_preset(cls, preset: str, **options: Any) -> S2FTConfig:
+        """The "paper" or the "default" preset, with `options` on top.
+
+        "paper" is the paper in every choice; "default" is what measured best on the embedded base. The presets do not
+        choose `target_modules`: `attention_targets(model, "qv")` is the paper's choice.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {tuple(PRESETS)}, got {preset!r}.")
+        return cls(**{**PRESETS[preset], **options})

@@ -1,0 +1,327 @@
+"""The adapted projection: `S2FTLinear` around an `nn.Linear`, and the delta weight it adds."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from .config import S2FTConfig
+from .rearrange import Rearrangement
+from .spectrum import SpectrumIndex, count_positions, delta_weight, index_spectrum, sample_positions
+
+# A fused change that its own rounding alters by more than this share is worth a warning.
+FUSE_ROUNDING_LIMIT = 0.05
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator of one layer's own: a layer's draws do not depend on which others are adapted."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class SpectralDelta(nn.Module):
+    """One adapter's weight change of one layer: trainable coefficients, their positions and the rearrangement.
+
+    State, for a (d, k) layer with m positions: `coefficients` (m, 2) or (m,) float, `positions` (m, 2) int32,
+    `row_order` (d,) and `column_order` (k,) int32, `row_sign` (d,) and `column_sign` (k,) int8.
+
+    Calling it gives the unscaled (d, k) weight change in float32 (float64 for float64 coefficients). A module, so that
+    whatever moves a module's weights around its call (offloading, sharding) finds it.
+    """
+
+    def __init__(self, shape: tuple[int, int], config: S2FTConfig, positions: torch.Tensor) -> None:
+        super().__init__()
+        self.shape = shape
+        self.norm = config.norm
+        count = len(positions)
+        size = (count, 2) if config.coefficients == "complex" else (count,)
+        start = torch.zeros(size) if config.init_weights else torch.randn(size)
+        self.coefficients = nn.Parameter(start)
+        identity = Rearrangement.identity(*shape)
+        self.register_buffer("positions", positions)
+        self.register_buffer("row_order", identity.row_order)
+        self.register_buffer("column_order", identity.column_order)
+        self.register_buffer("row_sign", identity.row_sign)
+        self.register_buffer("column_sign", identity.column_sign)
+        self._prepared: tuple[list[tuple[torch.Tensor, int]], SpectrumIndex, Rearrangement] | None = None
+
+    @property
+    def rearrangement(self) -> Rearrangement:
+        return Rearrangement(self.row_order, self.column_order, self.row_sign, self.column_sign)
+
+    @torch.no_grad()
+    def place(self, positions: torch.Tensor, rearrangement: Rearrangement) -> None:
+        """Set positions (m, 2) and rearrangement in place, and the coefficients to zero."""
+        self.positions.copy_(positions)
+        for name in ("row_order", "column_order", "row_sign", "column_sign"):
+            getattr(self, name).copy_(getattr(rearrangement, name))
+        self.coefficients.zero_()
+
+    def _prepare(self) -> tuple[SpectrumIndex, Rearrangement]:
+        """Index tensors derived from the buffers, made anew whenever a buffer has changed or moved."""
+        buffers = [self.positions, self.row_order, self.column_order, self.row_sign, self.column_sign]
+        if self._prepared is not None:
+            seen, index, rearrangement = self._prepared
+            if all(a is b and b._version == v for (a, v), b in zip(seen, buffers, strict=True)):
+                return index, rearrangement
+        index, rearrangement = index_spectrum(self.positions, self.shape), self.rearrangement
+        if not any(buffer.is_inference() for buffer in buffers):
+            self._prepared = ([(buffer, buffer._version) for buffer in buffers], index, rearrangement)
+        return index, rearrangement
+
+    def forward(self) -> torch.Tensor:
+        index, rearrangement = self._prepare()
+        coefficients = self.coefficients
+        if coefficients.dtype != torch.float64:
+            coefficients = coefficients.float()  # no transform exists in half precision
+        return delta_weight(coefficients, index, rearrangement, self.norm)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, positions={len(self.positions)}, numbers={self.coefficients.numel()}"
+
+
+class S2FTLayer(BaseTunerLayer):
+    """What any S2FT layer has: one `SpectralDelta` per adapter, and the scales.
+
+    A delta weight is used times `scaling` (the config's alpha), times the weight `set_scale` gave the adapter, times
+    whatever `scale_layer` has put on and `unscale_layer` not yet taken off. All three are stored as they came, so that
+    taking a scale off restores exactly what was.
+    """
+
+    adapter_layer_names = ("s2ft_delta",)
+    other_param_names = ("s2ft_config", "s2ft_scaling", "s2ft_weight", "s2ft_passing_scales")
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        linear = self.get_base_layer()
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"S2FT adapts torch.nn.Linear, not {type(linear).__name__}.")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.s2ft_delta = nn.ModuleDict()
+        self.s2ft_config: dict[str, S2FTConfig] = {}
+        self.s2ft_scaling: dict[str, float] = {}
+        self.s2ft_weight: dict[str, float] = {}
+        self.s2ft_passing_scales: dict[str, list[float]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unfused_weight: torch.Tensor | None = None
+        self._fused_scales: dict[str, float] = {}
+        self.kwargs = kwargs
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Adapters and their trainable numbers: diffusers counts `r`'s entries to name the next adapter."""
+        return {name: delta.coefficients.numel() for name, delta in self.s2ft_delta.items()}
+
+    def update_layer(self, adapter_name: str, n_frequency: int | float, config: S2FTConfig, name: str) -> None:
+        """Add an adapter without a prior: identity order, positions near frequency zero (or as `sampling` says)."""
+        shape = (self.out_features, self.in_features)
+        try:
+            count = count_positions(n_frequency, shape, config.coefficients)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        positions = sample_positions(
+            count,
+            shape,
+            kind=config.coefficients,
+            sampling="low_frequency" if config.sampling == "power" else config.sampling,
+            generator=layer_generator(config.seed, name),
+            name=name,
+        )
+        self.s2ft_delta[adapter_name] = SpectralDelta(shape, config, positions)
+        self.s2ft_config[adapter_name] = config
+        self.s2ft_scaling[adapter_name] = config.scaling
+        self.s2ft_weight[adapter_name] = 1.0
+        self.s2ft_passing_scales[adapter_name] = []
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # Scales
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's weight; its delta weight is used `scale` times alpha."""
+        if adapter not in self.s2ft_delta:
+            return
+        passing = self.s2ft_passing_scales[adapter]
+        if passing and passing[-1] == 0 and scale == 1.0:
+            passing.pop()  # diffusers takes a passing scale of 0 off by setting the scale to 1
+            return
+        passing.clear()
+        self.s2ft_weight[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters by `scale` until `unscale_layer`."""
+        if scale == 1.0:
+            return
+        for adapter in self._active():
+            self.s2ft_passing_scales[adapter].append(float(scale))
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Take off the latest scale that `scale_layer` put on; without an argument, all of them."""
+        if scale == 1.0:
+            return
+        for adapter in self._active():
+            passing = self.s2ft_passing_scales[adapter]
+            if scale is None:
+                passing.clear()
+            elif passing:
+                passing.pop()
+
+    def effective_scale(self, adapter: str) -> float:
+        """What an adapter's unscaled delta weight is multiplied by at this moment."""
+        scale = self.s2ft_scaling[adapter] * self.s2ft_weight[adapter]
+        for passing in self.s2ft_passing_scales[adapter]:
+            scale *= passing
+        return scale
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.s2ft_delta]
+
+
+class S2FTLinear(nn.Module, S2FTLayer):
+    """A linear layer with S2FT adapters.
+
+    On a plain float32 `nn.Linear` the input is multiplied once, by W + delta. In every other case - low precision,
+    autocast, quantised weights, other adapters or hooks on the base layer - the base layer is called as it is and the
+    delta's product added in the compute dtype: W + delta in bfloat16 would round a small delta away.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        n_frequency: int | float,
+        config: S2FTConfig,
+        name: str,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        S2FTLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, n_frequency, config, name)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The scaled delta weight (out_features, in_features) of an adapter, in float32."""
+        return self.s2ft_delta[adapter]() * self.effective_scale(adapter)
+
+    def _active_delta(self) -> torch.Tensor | None:
+        deltas = [self.get_delta_weight(name) for name in self._active() if self.effective_scale(name) != 0]
+        return sum(deltas[1:], start=deltas[0]) if deltas else None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        delta = None if self.merged else self._active_delta()
+        if delta is None:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.base_layer
+        if x.dtype == delta.dtype and _is_plain(base, x):
+            return F.linear(x, base.weight + delta, base.bias)
+        result = base(x, *args, **kwargs)
+        dtype = result.dtype
+        return result + F.linear(x.to(dtype), delta.to(dtype))
+
+    # Merging: PEFT's word for fusing
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the delta weights of the active (or the named) adapters to the base weight.
+
+        The weight as it was is kept on the CPU, so that `unmerge` restores it bit for bit; that costs one copy of every
+        adapted weight. With `safe_merge`, raises ValueError and changes nothing if the sum is not finite.
+        """
+        adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.s2ft_delta]
+        if not adapter_names:
+            return
+        weight = self.get_base_layer().weight
+        if not weight.dtype.is_floating_point or weight.shape != (self.out_features, self.in_features):
+            raise TypeError(f"An S2FT adapter cannot be fused into a {weight.dtype} weight; use it unfused.")
+        scales = {name: self.effective_scale(name) for name in adapter_names}
+        if self._unfused_weight is None:
+            # `copy=True`: on a CPU base `.to` would hand back the same tensor
+            unfused = weight.data.detach().to("cpu", copy=True)
+        else:
+            unfused = self._unfused_weight
+        with torch.no_grad():
+            fused = self._add_deltas(weight.data, scales)
+        if safe_merge and not torch.isfinite(fused).all():
+            raise ValueError(f"The weights fused with {adapter_names} are not finite; nothing was changed.")
+        self._warn_of_rounding(weight.data, fused, scales)
+        self._unfused_weight = unfused
+        weight.data = fused
+        self._fused_scales.update(scales)
+        self.merged_adapters.extend(adapter_names)
+
+    def unmerge(self) -> None:
+        """Restore the base weight to what it was before merging, bit for bit.
+
+        If something else (a fused LoRA) has changed the weight since, the delta weights are subtracted instead, which
+        leaves a rounding error.
+        """
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self.get_base_layer().weight
+        unfused = self._unfused_weight.to(weight.device)
+        with torch.no_grad():
+            if torch.equal(weight.data, self._replay(unfused)):
+                weight.data = unfused.to(weight.dtype)
+            else:
+                weight.data = self._add_deltas(weight.data, {n: -s for n, s in self._fused_scales.items()})
+        self._unfused_weight = None
+        self._fused_scales.clear()
+        self.merged_adapters.clear()
+        for passing in self.s2ft_passing_scales.values():
+            passing.clear()  # diffusers' fuse_lora(scale) puts a scale on and never takes it off
+
+    def _replay(self, unfused: torch.Tensor) -> torch.Tensor:
+        """The weight that merging made from `unfused`: the same additions in the same order."""
+        fused = unfused
+        for name, scale in self._fused_scales.items():
+            fused = self._add_deltas(fused, {name: scale})
+        return fused
+
+    def _add_deltas(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
+        result = weight
+        for name, scale in scales.items():
+            delta = (self.s2ft_delta[name]() * scale).to(weight.device)
+            result = (result.float() + delta).to(weight.dtype) if weight.dtype != delta.dtype else result + delta
+        return result
+
+    def _warn_of_rounding(self, before: torch.Tensor, after: torch.Tensor, scales: dict[str, float]) -> None:
+        if before.dtype in (torch.float32, torch.float64):
+            return
+        with torch.no_grad():
+            wanted = sum(self.s2ft_delta[name]() * scale for name, scale in scales.items()).to(before.device)
+        if (lost := ((after.float() - before.float()) - wanted).norm()) > FUSE_ROUNDING_LIMIT * wanted.norm():
+            warnings.warn(
+                f"Fusing into {before.dtype} rounds an adapter's change by {float(lost / wanted.norm()):.0%} in some "
+                "layers. Use it unfused, or fuse in float32 and convert the pipeline afterwards.",
+                stacklevel=4,
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "s2ft." + super().__repr__()
+
+
+def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
+    """Whether calling `base` is nothing but `F.linear` in float32: no other adapter, no hook, no cast in between."""
+    return (
+        type(base) is nn.Linear
+        and base.weight.dtype == x.dtype
+        and base.weight.device == x.device
+        and "forward" not in base.__dict__
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+        and not torch.is_autocast_enabled(x.device.type)
+    )

@@ -1,0 +1,73 @@
+"""`S2FTModel`: the tuner that puts S2FT layers into a model, entered into PEFT's own registries."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import peft.mapping
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .config import S2FTConfig, S2FTType
+from .layer import S2FTLayer, S2FTLinear
+
+logger = logging.getLogger(__name__)
+
+
+class S2FTModel(BaseTuner):
+    """Puts S2FT layers in place of a model's linear layers; made by `get_peft_model` or a model's `add_adapter`.
+
+    Raises TypeError, naming the module, for a target that is no `nn.Linear`, and ValueError for an `n_frequency` that
+    a layer has no room for.
+    """
+
+    prefix: str = "s2ft_"
+    tuner_layer_cls = S2FTLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        s2ft_config: S2FTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        pattern = s2ft_config.n_frequency_pattern
+        n_frequency = pattern.get(get_pattern_key(pattern.keys(), current_key), s2ft_config.n_frequency)
+        if isinstance(target, S2FTLayer):
+            target.update_layer(adapter_name, n_frequency, s2ft_config, current_key)
+            return
+        linear = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"S2FT cannot adapt {current_key!r}, a {type(linear).__name__}: it adapts torch.nn.Linear alone. "
+                "Choose other target_modules, or name this one in exclude_modules."
+            )
+        module = S2FTLinear(target, adapter_name, n_frequency, s2ft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            module.requires_grad_(False)
+        self._replace_module(parent, target_name, module, target)
+
+    def _post_injection_hook(self, model: nn.Module, config: S2FTConfig, adapter_name: str) -> None:
+        if config.sampling == "power" and not config.inference_mode:
+            logger.info(
+                "S2FT adapter %r starts without a prior: identity order, low-frequency positions. "
+                "initialize_s2ft_weights estimates one.",
+                adapter_name,
+            )
+
+
+def register() -> None:
+    """Enter S2FT into PEFT's public mappings."""
+    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[S2FTType.S2FT] = S2FTConfig
+    peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[S2FTType.S2FT] = S2FTModel
+    peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[S2FTType.S2FT] = S2FTModel.prefix
+
+
+register()

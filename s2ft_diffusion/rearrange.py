@@ -1,0 +1,173 @@
+"""The rearrangement: an order and signs of rows and columns under which a weight change is smooth (S2FT, Sec. 3.2.2).
+
+Pure functions of torch tensors; nothing here knows about models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+Distance = Literal["euclidean", "cosine"]
+
+MAX_2OPT_SWEEPS = 8
+
+
+@dataclass(frozen=True)
+class Rearrangement:
+    """The invertible transformation T of Eq. 3, between a latent matrix and a weight change of shape (d, k).
+
+    `row_order` (d,) and `column_order` (k,) are permutations, `row_sign` (d,) and `column_sign` (k,) hold +1 or -1:
+
+        weight[row_order, :][:, column_order] == row_sign[row_order][:, None] * column_sign[column_order] * latent
+
+    The paper has all signs +1.
+    """
+
+    row_order: torch.Tensor
+    column_order: torch.Tensor
+    row_sign: torch.Tensor
+    column_sign: torch.Tensor
+
+    @classmethod
+    def identity(cls, rows: int, columns: int, device: torch.device | str | None = None) -> Rearrangement:
+        """The transformation that changes nothing."""
+        return cls(
+            torch.arange(rows, device=device, dtype=torch.int32),
+            torch.arange(columns, device=device, dtype=torch.int32),
+            torch.ones(rows, device=device, dtype=torch.int8),
+            torch.ones(columns, device=device, dtype=torch.int8),
+        )
+
+    @cached_property
+    def _row_place(self) -> torch.Tensor:
+        return torch.argsort(self.row_order)
+
+    @cached_property
+    def _column_place(self) -> torch.Tensor:
+        return torch.argsort(self.column_order)
+
+    def apply(self, latent: torch.Tensor) -> torch.Tensor:
+        """T: a latent matrix (d, k) to the weight change (d, k)."""
+        moved = latent.index_select(0, self._row_place).index_select(1, self._column_place)
+        return moved * self.row_sign.to(latent.dtype)[:, None] * self.column_sign.to(latent.dtype)
+
+    def invert(self, weight: torch.Tensor) -> torch.Tensor:
+        """The inverse of T: a weight change (d, k) to the latent matrix (d, k). Exact: values are moved and negated."""
+        signed = weight * self.row_sign.to(weight.dtype)[:, None] * self.column_sign.to(weight.dtype)
+        return signed.index_select(0, self.row_order).index_select(1, self.column_order)
+
+
+def find_rearrangement(
+    prior: torch.Tensor,
+    *,
+    distance: Distance = "euclidean",
+    signs: bool = False,
+    refine: Literal["2opt"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Rearrangement:
+    """Search the row and the column order of a prior (d, k), each by itself (Alg. 1).
+
+    A column distance does not change when rows are permuted or negated, so the two searches are independent.
+    `generator` (a CPU generator) draws the two starting points. Raises ValueError for a prior that is not finite.
+    """
+    if prior.ndim != 2:
+        raise ValueError(f"A prior must be a matrix, got shape {tuple(prior.shape)}.")
+    if not torch.isfinite(prior).all():
+        raise ValueError("The prior has NaN or infinite entries.")
+    prior = prior.detach().to("cpu", torch.float64)
+    found = []
+    for matrix in (prior, prior.T):
+        start = int(torch.randint(len(matrix), (), generator=generator))
+        similarity = pairwise_inner_products(matrix, distance)
+        table = distance_table(similarity, distance, signs)
+        order = nearest_neighbor_order(table, start)
+        if refine == "2opt":
+            order = two_opt(table, order)
+        sign = chain_signs(similarity, order) if signs else np.ones(len(order), dtype=np.int8)
+        found.append((torch.from_numpy(order.astype(np.int32)), torch.from_numpy(sign)))
+    (row_order, row_sign), (column_order, column_sign) = found
+    return Rearrangement(row_order, column_order, row_sign, column_sign)
+
+
+def pairwise_inner_products(matrix: torch.Tensor, distance: Distance) -> np.ndarray:
+    """Inner products of all pairs of rows (n, n); of rows scaled to length one for the cosine distance."""
+    if distance == "cosine":
+        norm = matrix.norm(dim=1, keepdim=True)
+        matrix = torch.where(norm > 0, matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny), matrix)
+    return (matrix @ matrix.T).numpy()
+
+
+def distance_table(similarity: np.ndarray, distance: Distance, signs: bool) -> np.ndarray:
+    """Distances beta_ij of Eq. 5 from inner products (n, n); with `signs`, the nearer of row j and its negative."""
+    if signs:
+        similarity = np.abs(similarity)
+    if distance == "cosine":
+        return 1.0 - similarity
+    squared = np.diag(similarity)
+    return np.sqrt(np.maximum(squared[:, None] + squared[None, :] - 2.0 * similarity, 0.0))
+
+
+def nearest_neighbor_order(table: np.ndarray, start: int) -> np.ndarray:
+    """The greedy walk of Alg. 1 over a table of distances (n, n): always on to the nearest unvisited index."""
+    count = len(table)
+    order = np.empty(count, dtype=np.int64)
+    unvisited = np.zeros(count)
+    current = start
+    for position in range(count):
+        order[position] = current
+        unvisited[current] = np.inf
+        if position + 1 < count:
+            current = int(np.argmin(table[current] + unvisited))
+    return order
+
+
+def two_opt(table: np.ndarray, order: np.ndarray, max_sweeps: int = MAX_2OPT_SWEEPS) -> np.ndarray:
+    """Shorten an open path by reversing segments until no reversal helps, or `max_sweeps` passes (Croes, 1958).
+
+    The path's length never grows. `table` is a symmetric table of distances (n, n).
+    """
+    order = order.copy()
+    count = len(order)
+    if count < 3:
+        return order
+    for _ in range(max_sweeps):
+        improved = False
+        for i in range(-1, count - 2):
+            # Reversing order[i+1 .. j] replaces the steps (i, i+1) and (j, j+1); an end of the path has no step.
+            head = order[i + 1]
+            ends = order[i + 2 :]
+            after = ends[1:]
+            gain = np.zeros(len(ends))
+            gain[:-1] += table[ends[:-1], after] - table[head, after]
+            if i >= 0:
+                gain += table[order[i], head] - table[order[i], ends]
+            best = int(np.argmax(gain))
+            if gain[best] > 1e-12:
+                j = i + 2 + best
+                order[i + 1 : j + 1] = order[i + 1 : j + 1][::-1]
+                improved = True
+        if not improved:
+            break
+    return order
+
+
+def chain_signs(similarity: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Signs (n,) that turn every row towards the one before it on the path; the first row keeps its own."""
+    sign = np.ones(len(order), dtype=np.int8)
+    steps = np.where(similarity[order[:-1], order[1:]] < 0, -1, 1)
+    sign[order[1:]] = np.cumprod(steps)
+    return sign
+
+
+def path_length(matrix: torch.Tensor, *, squared: bool = False) -> float:
+    """The objective of Eq. 5 of a matrix in its present order: the sum of distances between adjacent rows.
+
+    With `squared`, the sum of squared distances, which is the form that Proposition 1 holds for.
+    """
+    steps = (matrix[1:] - matrix[:-1]).double().norm(dim=1)
+    return float((steps.square() if squared else steps).sum())

@@ -1,0 +1,208 @@
+"""The sparse spectrum: coefficients to delta weight and back (S2FT, Eqs. 1-3), and where they sit (Eq. 7).
+
+Pure functions of torch tensors; nothing here knows about models.
+
+A matrix of shape (d, k) has spectrum positions (u, v), 0 <= u < d, 0 <= v < k. Two kinds of coefficients:
+
+* "real", the paper's: one real number c at any position of the full plane. It makes c * cos(2 pi (up/d + vq/k)).
+* "complex": a pair (a, b) at a position of one half-plane. It makes a * cos(...) - b * sin(...): a free phase. Because
+  the real part is taken, (u, v) and its mirror (-u mod d, -v mod k) make the same functions, so only one of the two is
+  ever a position. At a point that is its own mirror the sine vanishes and `b` has no effect.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .rearrange import Rearrangement
+
+CoefficientKind = Literal["complex", "real"]
+Norm = Literal["backward", "ortho"]
+Sampling = Literal["power", "low_frequency", "random"]
+
+LOW_FREQUENCY_WIDTH = 0.1  # standard deviation of the "low_frequency" density, in cycles per row or column
+_ADJOINT_NORM = {"backward": "forward", "ortho": "ortho"}
+
+
+@dataclass(frozen=True)
+class SpectrumIndex:
+    """Where coefficients go in the half spectrum (d, k // 2 + 1) of a real inverse transform.
+
+    `gather` (m,) is each coefficient's own place; `scatter` (m + r,) repeats those whose conjugate is in the half
+    spectrum too (columns 0 and k / 2), `source` (m + r,) says which coefficient each entry takes and `weight`
+    (m + r, 2) the factors of its real and imaginary part. `phase` (m,) is -1 where the half spectrum holds the mirror.
+    """
+
+    shape: tuple[int, int]
+    gather: torch.Tensor
+    phase: torch.Tensor
+    scatter: torch.Tensor
+    source: torch.Tensor
+    weight: torch.Tensor
+
+
+def index_spectrum(positions: torch.Tensor, shape: tuple[int, int]) -> SpectrumIndex:
+    """Prepare `positions` (m, 2) of a (d, k) spectrum for `delta_weight`."""
+    d, k = shape
+    columns = k // 2 + 1
+    u, v = positions.long().unbind(1)
+    mirrored = v >= columns
+    phase = torch.where(mirrored, -1.0, 1.0)
+    u = torch.where(mirrored, -u % d, u)
+    v = torch.where(mirrored, k - v, v)
+    gather = u * columns + v
+    # In columns 0 and k/2 the half spectrum holds both conjugates, and the inverse transform wants them both.
+    doubled = ((v == 0) | (2 * v == k)).nonzero().squeeze(1)
+    conjugate = (-u[doubled] % d) * columns + v[doubled]
+    own = torch.stack([torch.full_like(phase, 0.5), 0.5 * phase], dim=1)
+    other = own[doubled] * torch.tensor([1.0, -1.0], device=positions.device)
+    return SpectrumIndex(
+        shape=shape,
+        gather=gather,
+        phase=phase,
+        scatter=torch.cat([gather, conjugate]),
+        source=torch.cat([torch.arange(len(u), device=positions.device), doubled]),
+        weight=torch.cat([own, other]),
+    )
+
+
+class _InverseTransform(torch.autograd.Function):
+    """T(Re(IDFT2(F))), keeping no dense tensor for the backward pass: the adjoint is a transform of the gradient."""
+
+    @staticmethod
+    def forward(ctx, coefficients, index: SpectrumIndex, rearrangement: Rearrangement, norm: Norm):
+        ctx.index, ctx.rearrangement, ctx.norm, ctx.real = index, rearrangement, norm, coefficients.ndim == 1
+        d, k = index.shape
+        pairs = coefficients.unsqueeze(1) * coefficients.new_tensor([1.0, 0.0]) if ctx.real else coefficients
+        half = coefficients.new_zeros(d * (k // 2 + 1), 2)
+        half.index_add_(0, index.scatter, pairs[index.source] * index.weight.to(pairs.dtype))
+        spectrum = torch.view_as_complex(half).view(d, k // 2 + 1)
+        return rearrangement.apply(torch.fft.irfft2(spectrum, s=(d, k), norm=norm))
+
+    @staticmethod
+    def backward(ctx, grad):
+        latent = ctx.rearrangement.invert(grad)
+        spectrum = torch.fft.rfft2(latent, norm=_ADJOINT_NORM[ctx.norm]).flatten()[ctx.index.gather]
+        if ctx.real:
+            return spectrum.real.contiguous(), None, None, None
+        phase = ctx.index.phase.to(latent.dtype)
+        return torch.stack([spectrum.real, spectrum.imag * phase], dim=1), None, None, None
+
+
+def delta_weight(
+    coefficients: torch.Tensor, index: SpectrumIndex, rearrangement: Rearrangement, norm: Norm
+) -> torch.Tensor:
+    """The unscaled weight change T(Re(IDFT2(F))) of Eq. 3, shape (d, k), differentiable in the coefficients.
+
+    `coefficients` has shape (m,) for "real" and (m, 2) for "complex", in float32 or float64. Made by the inverse real
+    transform of F's Hermitian part, which equals Re(IDFT2(F)) at half the arithmetic.
+    """
+    return _InverseTransform.apply(coefficients, index, rearrangement, norm)
+
+
+def distinct_positions(shape: tuple[int, int], kind: CoefficientKind) -> int:
+    """How many positions a (d, k) spectrum offers to coefficients of a kind."""
+    d, k = shape
+    if kind == "real":
+        return d * k
+    self_conjugate = (2 - d % 2) * (2 - k % 2)
+    return (d * k + self_conjugate) // 2
+
+
+def count_positions(n_frequency: int | float, shape: tuple[int, int], kind: CoefficientKind) -> int:
+    """Positions that a budget of `n_frequency` real trainable numbers buys in a (d, k) layer.
+
+    An int counts numbers, a float below 1 is a share of d * k. A complex position costs two numbers, also at the (at
+    most four) points that are their own mirrors, where the second has no effect; an odd remainder is left unused.
+    Raises ValueError when the layer has too few positions or the budget buys none.
+    """
+    d, k = shape
+    numbers = int(n_frequency * d * k) if isinstance(n_frequency, float) else n_frequency
+    positions = numbers // 2 if kind == "complex" else numbers
+    available = distinct_positions(shape, kind)
+    if positions < 1:
+        raise ValueError(f"n_frequency={n_frequency} buys no {kind} coefficient in a {d}x{k} layer.")
+    if positions > available:
+        most = 2 * available if kind == "complex" else available
+        raise ValueError(f"n_frequency={n_frequency} is more than the {most} numbers that a {d}x{k} layer has room for.")
+    return positions
+
+
+def sample_positions(
+    count: int,
+    shape: tuple[int, int],
+    *,
+    kind: CoefficientKind,
+    sampling: Sampling,
+    gamma: float = 1.5,
+    latent: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    name: str = "the layer",
+) -> torch.Tensor:
+    """Draw `count` distinct positions (count, 2), int32, sorted, without replacement.
+
+    "power" draws in proportion to |DFT2(latent)|^gamma (Eq. 7), `latent` being the rearranged prior (d, k);
+    "low_frequency" in proportion to a Gaussian of the distance from frequency zero; "random" uniformly. Drawing is an
+    exponential race (Gumbel top-k) with a CPU `generator`: `torch.multinomial` stops at 2^24 categories.
+
+    Positions that "power" gives no probability are drawn uniformly where the others don't suffice, with a warning.
+    Raises ValueError for a latent that is not finite. `name` says in messages whose positions these are.
+    """
+    u, v = _candidates(shape, kind)
+    if sampling == "power":
+        if latent is None:
+            raise ValueError('sampling="power" needs the rearranged prior.')
+        amplitude = _amplitude(latent, u, v)
+        if not torch.isfinite(amplitude).all():
+            raise ValueError(f"The prior of {name} has NaN or infinite entries.")
+        log_weight = gamma * torch.log(amplitude)
+    elif sampling == "low_frequency":
+        d, k = shape
+        frequency_u = torch.minimum(u, d - u) / d
+        frequency_v = torch.minimum(v, k - v) / k
+        log_weight = -(frequency_u.square() + frequency_v.square()) / (2 * LOW_FREQUENCY_WIDTH**2)
+    else:
+        log_weight = torch.zeros(len(u))
+    possible = int(torch.isfinite(log_weight).sum())
+    race = -torch.log(torch.empty(len(u)).exponential_(generator=generator))
+    if possible < count:
+        warnings.warn(
+            f"The prior of {name} has {possible} nonzero spectrum positions, {count} are wanted: "
+            "the rest is drawn uniformly.",
+            stacklevel=2,
+        )
+        race = torch.where(torch.isfinite(log_weight), race + 1e4, race)  # those with a probability come first
+    else:
+        race = race + log_weight
+    chosen = torch.topk(race, count, sorted=False).indices.sort().values
+    return torch.stack([u[chosen], v[chosen]], dim=1).int()
+
+
+def _candidates(shape: tuple[int, int], kind: CoefficientKind) -> tuple[torch.Tensor, torch.Tensor]:
+    """All positions (u, v) that a coefficient of a kind may take, in row-major order."""
+    d, k = shape
+    if kind == "real":
+        u, v = torch.meshgrid(torch.arange(d), torch.arange(k), indexing="ij")
+        return u.flatten(), v.flatten()
+    u, v = torch.meshgrid(torch.arange(d), torch.arange(k // 2 + 1), indexing="ij")
+    u, v = u.flatten(), v.flatten()
+    kept = ((v != 0) & (2 * v != k)) | (2 * u <= d)
+    return u[kept], v[kept]
+
+
+def _amplitude(latent: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """|DFT2(latent)| at positions (u, v) in float32, relative to the largest; rounding noise counts as zero."""
+    d, k = latent.shape
+    spectrum = torch.fft.rfft2(latent.detach().to("cpu", torch.float32)).abs()
+    mirrored = v >= k // 2 + 1
+    amplitude = spectrum[torch.where(mirrored, -u % d, u), torch.where(mirrored, k - v, v)]
+    largest = float(amplitude.max())
+    if largest == 0.0 or not math.isfinite(largest):
+        return amplitude
+    amplitude = amplitude / largest
+    return torch.where(amplitude < 1e-6, 0.0, amplitude)
