@@ -1,15 +1,21 @@
 """S2FT for diffusers: subject-driven fine-tuning in a sparse spectrum, as a PEFT method and pipeline verbs."""
 
+from .adapter_file import AdapterFileError, AdapterInfo, read_adapter, read_info, write_adapter
 from .attention import attention_targets
 from .config import S2FTConfig
 from .layer import S2FTLayer, S2FTLinear, SpectralDelta
 from .model import S2FTModel
+from .pipeline import install as _install_pipeline_verbs
 from .prior import estimate_prior, initialize_s2ft_weights, place_from_prior
 from .rearrange import Rearrangement
+
+_install_pipeline_verbs()
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterFileError",
+    "AdapterInfo",
     "Rearrangement",
     "S2FTConfig",
     "S2FTLayer",
@@ -20,4 +26,7 @@ __all__ = [
     "estimate_prior",
     "initialize_s2ft_weights",
     "place_from_prior",
+    "read_adapter",
+    "read_info",
+    "write_adapter",
 ]

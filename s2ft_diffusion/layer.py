@@ -120,20 +120,26 @@ class S2FTLayer(BaseTunerLayer):
         return {name: delta.coefficients.numel() for name, delta in self.s2ft_delta.items()}
 
     def update_layer(self, adapter_name: str, n_frequency: int | float, config: S2FTConfig, name: str) -> None:
-        """Add an adapter without a prior: identity order, positions near frequency zero (or as `sampling` says)."""
+        """Add an adapter without a prior: identity order, positions near frequency zero (or as `sampling` says).
+
+        With the config's `inference_mode`, positions are left to whoever loads the adapter's state.
+        """
         shape = (self.out_features, self.in_features)
         try:
             count = count_positions(n_frequency, shape, config.coefficients)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        positions = sample_positions(
-            count,
-            shape,
-            kind=config.coefficients,
-            sampling="low_frequency" if config.sampling == "power" else config.sampling,
-            generator=layer_generator(config.seed, name),
-            name=name,
-        )
+        if config.inference_mode:
+            positions = torch.zeros(count, 2, dtype=torch.int32)  # about to be loaded; drawing them would take seconds
+        else:
+            positions = sample_positions(
+                count,
+                shape,
+                kind=config.coefficients,
+                sampling="low_frequency" if config.sampling == "power" else config.sampling,
+                generator=layer_generator(config.seed, name),
+                name=name,
+            )
         self.s2ft_delta[adapter_name] = SpectralDelta(shape, config, positions)
         self.s2ft_config[adapter_name] = config
         self.s2ft_scaling[adapter_name] = config.scaling
@@ -231,8 +237,10 @@ class S2FTLinear(nn.Module, S2FTLayer):
 
     # Merging: PEFT's word for fusing
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the delta weights of the active (or the named) adapters to the base weight.
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, scale: float = 1.0
+    ) -> None:
+        """Add the delta weights of the active (or the named) adapters to the base weight, `scale` times.
 
         The weight as it was is kept on the CPU, so that `unmerge` restores it bit for bit; that costs one copy of every
         adapted weight. With `safe_merge`, raises ValueError and changes nothing if the sum is not finite.
@@ -243,7 +251,7 @@ class S2FTLinear(nn.Module, S2FTLayer):
         weight = self.get_base_layer().weight
         if not weight.dtype.is_floating_point or weight.shape != (self.out_features, self.in_features):
             raise TypeError(f"An S2FT adapter cannot be fused into a {weight.dtype} weight; use it unfused.")
-        scales = {name: self.effective_scale(name) for name in adapter_names}
+        scales = {name: self.effective_scale(name) * scale for name in adapter_names}
         if self._unfused_weight is None:
             # `copy=True`: on a CPU base `.to` would hand back the same tensor
             unfused = weight.data.detach().to("cpu", copy=True)

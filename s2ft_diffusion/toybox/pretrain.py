@@ -107,7 +107,7 @@ class Steps:
     vae: int = 6000
     text: int = 800
     scenes: int = 50_000
-    unet: int = 12_000
+    unet: int = 10_000
     decay: int = 3000
 
 

@@ -1,0 +1,1 @@
+"""What the DreamBooth recipe is made of: arguments, images, draws, prompts, class images, checkpoints, phases."""

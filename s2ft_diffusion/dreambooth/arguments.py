@@ -1,0 +1,192 @@
+"""The recipe's command line: diffusers' DreamBooth LoRA flags by the same names, and S2FT's own."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..adapter_file import DTYPES
+from ..config import PRESETS, S2FTConfig
+from .errors import InputError
+
+DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
+S2FT_OPTIONS = (
+    "n_frequency", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange", "distance", "signs", "refine",
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _amount(text: str) -> int | float:
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+def _yes_no(text: str) -> bool:
+    if text.lower() not in ("yes", "no", "true", "false"):
+        raise argparse.ArgumentTypeError(f"expected yes or no, got {text!r}")
+    return text.lower() in ("yes", "true")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags with their defaults."""
+    parser = _Parser(
+        prog="train_dreambooth_s2ft.py",
+        description="Train an S2FT adapter on a handful of photos of one subject.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument_group("base model and data").add_argument
+    add("--pretrained_model_name_or_path", default=DEFAULT_BASE, help="hub id, local folder, or 'toybox'")
+    add("--revision", help="revision of the base on the hub")
+    add("--variant", help="weight variant of the base, such as fp16")
+    add("--instance_dir", "--instance_data_dir", dest="instance_dir", required=True, help="folder with the photos")
+    add("--instance_prompt", help="prompt that names the subject; by default 'a photo of sks <name of the folder>'")
+    add("--class_data_dir", help="folder with class images; missing ones are generated there")
+    add("--class_prompt", help="prompt of the class, for prior preservation")
+    add("--with_prior_preservation", action="store_true", help="train on class images as well")
+    add("--prior_loss_weight", type=float, default=1.0, help="weight of their loss")
+    add("--num_class_images", type=int, default=100, help="how many class images to have")
+    add("--prior_generation_precision", choices=("no", "fp32", "fp16", "bf16"), help="precision to make them in")
+    add("--sample_batch_size", type=int, default=4, help="batch size to make them in")
+    add("--resolution", type=int, help="side of the training images in pixels; by default the base's own")
+    add("--center_crop", action="store_true", help="crop the middle of longer images instead of a random square")
+    add("--random_flip", action="store_true", help="mirror images at random")
+    add("--tokenizer_max_length", type=int, help="tokens a prompt is padded to; by default the tokenizer's own")
+
+    add = parser.add_argument_group("S2FT").add_argument
+    add("--preset", choices=tuple(PRESETS), default="default", help="where the options below start from")
+    add("--targets", choices=("qv", "attention"), default="qv", help="query and value projections, or all four")
+    add("--train_text_encoder", action="store_true", help="adapt the text encoder's projections too")
+    add("--n_frequency", type=_amount, help="real trainable numbers a layer: a count, or a share below 1 such as 0.02")
+    add("--scaling", type=float, help="the factor alpha of the weight change")
+    add("--coefficients", choices=("complex", "real"), help="kind of coefficients")
+    add("--norm", choices=("ortho", "backward"), help="normalisation of the inverse transform")
+    add("--sampling", choices=("power", "low_frequency", "random"), help="how positions are drawn")
+    add("--gamma", type=float, help="exponent of the sampling probability")
+    add("--rearrange", choices=("nearest_neighbor", "none"), help="how rows and columns are ordered")
+    add("--distance", choices=("cosine", "euclidean"), help="distance between rows, and between columns")
+    add("--signs", type=_yes_no, metavar="yes|no", help="let rows and columns be negated")
+    add("--refine", choices=("2opt", "none"), help="how the order is refined")
+    add("--estimate", choices=("gradient", "normalized", "full"), help="how the weight change is pre-estimated")
+    add("--estimate_draws", type=int, default=8, help="noise and timestep draws per image; with 'full', the steps")
+    add("--adapter_dtype", choices=tuple(DTYPES), default="float32", help="type of the stored coefficients")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", default="s2ft-output", help="where the adapter, checkpoints, logs and samples go")
+    add("--overwrite_output_dir", action="store_true", help="start anew in a folder with another run's checkpoints")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--train_batch_size", type=int, default=1, help="images per process and micro-step")
+    add("--max_train_steps", type=int, help="optimizer steps; by default 500")
+    add("--num_train_epochs", type=int, help="passes over the instance images, instead of --max_train_steps")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step")
+    add("--gradient_checkpointing", action="store_true", help="save memory, at the cost of time")
+    add("--learning_rate", type=float, help="by default what was measured for the preset")
+    add("--scale_lr", action="store_true", help="scale the rate by processes, accumulation and batch size")
+    add("--lr_scheduler", default="constant", help="as diffusers.optimization.SchedulerType names them")
+    add("--lr_warmup_steps", type=int, default=0, help="steps of warm-up of the scheduler")
+    add("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
+    add("--lr_power", type=float, default=1.0, help="power of polynomial")
+    add("--use_8bit_adam", action="store_true", help="8-bit Adam from bitsandbytes")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's first beta")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's second beta")
+    add("--adam_weight_decay", type=float, default=0.0, help="AdamW's weight decay")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    add("--max_grad_norm", type=float, default=1.0, help="norm that gradients are clipped to")
+    add("--snr_gamma", type=float, help="gamma of min-SNR loss weights; 5.0 is usual")
+    add("--pre_compute_text_embeddings", action="store_true", help="always done unless --train_text_encoder is given")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default accelerate's own setting")
+    add("--allow_tf32", action="store_true", help="allow TF32 matrix products")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xFormers")
+
+    add = parser.add_argument_group("checkpoints, logs and samples").add_argument
+    add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
+    add("--checkpoints_total_limit", type=int, help="checkpoints to keep")
+    add("--resume_from_checkpoint", help="'latest', or a checkpoint's path")
+    add("--validation_prompt", help="prompt of sample images")
+    add("--num_validation_images", type=int, default=4, help="how many sample images")
+    add("--validation_epochs", type=int, default=50, help="passes over the instance images between samples")
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, or none")
+    add("--logging_dir", default="logs", help="folder of the logs, inside the output folder")
+    add("--push_to_hub", action="store_true", help="upload the adapter and its model card")
+    add("--hub_model_id", help="repository to upload to; by default the output folder's name")
+    add("--hub_token", help="token of the hub")
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    return parser
+
+
+# What measured best on the embedded base for each preset: see docs/learning-rate.md.
+MEASURED = {
+    "default": {"learning_rate": 1e-2, "scaling": 1.0, "estimate": "normalized"},
+    "paper": {"learning_rate": 1e-1, "scaling": 100.0, "estimate": "gradient"},
+}
+DEFAULT_STEPS = 500
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line; raises InputError for flags that contradict each other.
+
+    Fills in what depends on other flags: prompt, preset's learning rate and scaling, steps.
+    """
+    args = build_parser().parse_args(argv)
+    folder = Path(args.instance_dir)
+    args.prompt_was_given = args.instance_prompt is not None
+    if not args.prompt_was_given:
+        name = folder.resolve().name.replace("_", " ").replace("-", " ")
+        args.instance_prompt = f"a photo of sks {name}"
+    for name, value in MEASURED[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    _check(args)
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    positive = (
+        "num_class_images", "sample_batch_size", "estimate_draws", "train_batch_size", "gradient_accumulation_steps",
+        "checkpointing_steps", "num_validation_images", "validation_epochs",
+    )  # fmt: skip
+    optional = ("resolution", "max_train_steps", "num_train_epochs", "checkpoints_total_limit", "tokenizer_max_length")
+    for name in positive + tuple(name for name in optional if getattr(args, name) is not None):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    for name in ("learning_rate", "scaling", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise InputError(f"--{name} must be above 0, got {getattr(args, name)}.")
+    if args.max_train_steps is not None and args.num_train_epochs is not None:
+        raise InputError("--max_train_steps and --num_train_epochs contradict each other; give one.")
+    if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
+        raise InputError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
+    if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
+        raise InputError("--class_data_dir and --class_prompt do nothing without --with_prior_preservation.")
+    if args.train_text_encoder and args.pre_compute_text_embeddings:
+        raise InputError("--train_text_encoder and --pre_compute_text_embeddings contradict each other.")
+    if args.resume_from_checkpoint and args.overwrite_output_dir:
+        raise InputError("--resume_from_checkpoint and --overwrite_output_dir contradict each other.")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+        raise InputError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers.")
+    if args.report_to not in (*TRACKERS, "all", "none"):
+        raise InputError(f"--report_to must be one of {(*TRACKERS, 'all', 'none')}, got {args.report_to!r}.")
+    if args.report_to in TRACKERS and importlib.util.find_spec(TRACKERS[args.report_to]) is None:
+        raise InputError(f"--report_to {args.report_to} needs {TRACKERS[args.report_to]}, or choose --report_to none.")
+    try:
+        s2ft_config(args, ["any"])
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def s2ft_config(args: argparse.Namespace, target_modules: list[str]) -> S2FTConfig:
+    """The adapter's config: the preset with the options that were given on top."""
+    options: dict[str, Any] = {name: getattr(args, name) for name in S2FT_OPTIONS if getattr(args, name) is not None}
+    if options.get("refine") == "none":
+        options["refine"] = None
+    return S2FTConfig.from_preset(args.preset, target_modules=target_modules, seed=args.seed, **options)

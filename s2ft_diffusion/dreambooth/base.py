@@ -1,0 +1,131 @@
+"""The base model: resolved, checked against the flags by its configs alone, then loaded."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .. import toybox
+from ..attention import attention_targets
+from ..config import S2FTConfig
+from ..spectrum import count_positions
+from .arguments import s2ft_config
+from .errors import InputError
+
+TOYBOX = "toybox"
+
+
+@dataclass
+class BasePlan:
+    """What the configs of a base say, before any weight is loaded: where it is, and whom to adapt how."""
+
+    name: str
+    location: str
+    resolution: int
+    latent_shape: tuple[int, int, int]
+    configs: dict[str, S2FTConfig]
+
+
+def plan_base(args: argparse.Namespace) -> BasePlan:
+    """Read the base's configs and check the flags against them.
+
+    Raises InputError for a base that cannot be reached, is no Stable Diffusion 1.x/2.x, a resolution that its
+    autoencoder cannot take, and an n_frequency that a layer (named) has no room for.
+    """
+    name = args.pretrained_model_name_or_path
+    location = str(toybox.base_path()) if name == TOYBOX else name
+    options = {"revision": args.revision} if name != TOYBOX else {}
+    try:
+        unet_config = UNet2DConditionModel.load_config(location, subfolder="unet", **options)
+        vae_config = AutoencoderKL.load_config(location, subfolder="vae", **options)
+        text_config = CLIPTextConfig.from_pretrained(location, subfolder="text_encoder", **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"The base model {name!r} cannot be loaded ({reason}). Without access to the hub, pass a local folder with "
+            "--pretrained_model_name_or_path FOLDER (a Stable Diffusion in diffusers' layout), or use the embedded base "
+            "with --pretrained_model_name_or_path toybox."
+        ) from None
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    resolution = args.resolution or unet_config["sample_size"] * factor
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(unet_config)
+        models: dict[str, nn.Module] = {"unet": unet}
+        if args.train_text_encoder:
+            models["text_encoder"] = CLIPTextModel(text_config)
+    least = factor * 2 ** (len(unet_config["block_out_channels"]) - 1)
+    if resolution % least:
+        raise InputError(f"--resolution must be a multiple of {least} for this base, got {resolution}.")
+    configs = {}
+    for component, model in models.items():
+        configs[component] = s2ft_config(args, attention_targets(model, args.targets))
+        _check_room(component, model, configs[component])
+    side = resolution // factor
+    return BasePlan(name, location, resolution, (unet_config["in_channels"], side, side), configs)
+
+
+def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
+    for name in sorted(config.target_modules):
+        layer = model.get_submodule(name)
+        try:
+            count_positions(config.n_frequency, (layer.out_features, layer.in_features), config.coefficients)
+        except ValueError as error:
+            raise InputError(f"{component}.{name}: {error}") from None
+
+
+@dataclass
+class Base:
+    """The loaded models of a base, frozen."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: DDPMScheduler
+
+    def pipeline(self, location: str, **options: Any) -> StableDiffusionPipeline:
+        """A pipeline around these very models, with the base's own sampling scheduler."""
+        return StableDiffusionPipeline.from_pretrained(
+            location,
+            unet=self.unet,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **options,
+        )
+
+
+def load_base(plan: BasePlan, args: argparse.Namespace) -> Base:
+    """Load the models in float32, in evaluation mode, with no parameter trainable."""
+    options: dict[str, Any] = {"torch_dtype": torch.float32}
+    if plan.name != TOYBOX:
+        options |= {"revision": args.revision, "variant": args.variant}
+    try:
+        unet = UNet2DConditionModel.from_pretrained(plan.location, subfolder="unet", **options)
+        vae = AutoencoderKL.from_pretrained(plan.location, subfolder="vae", **options)
+        options["dtype"] = options.pop("torch_dtype")
+        text_encoder = CLIPTextModel.from_pretrained(plan.location, subfolder="text_encoder", **options)
+        tokenizer = CLIPTokenizer.from_pretrained(
+            plan.location, subfolder="tokenizer", **({"revision": args.revision} if plan.name != TOYBOX else {})
+        )
+        scheduler = DDPMScheduler.from_pretrained(plan.location, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        raise InputError(f"The base model {plan.name!r} cannot be loaded: {str(error).strip()}") from None
+    for model in (unet, vae, text_encoder):
+        model.requires_grad_(False).eval()
+    return Base(unet, vae, text_encoder, tokenizer, scheduler)
+
+
+def is_local(location: str) -> bool:
+    return Path(location).exists()

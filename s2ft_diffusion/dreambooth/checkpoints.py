@@ -1,0 +1,165 @@
+"""Checkpoints: accelerate's own state, the adapter as a file of ours, complete or not there at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..adapter_file import WEIGHTS_NAME, Adapter, AdapterFileError, collect_adapter, read_adapter, write_adapter
+from .errors import InputError
+
+ADAPTER = "default"
+STATE_NAME = "training_state.json"
+# What a resumed run must have in common with the run it continues, for its draws and its adapter to be the same.
+MUST_MATCH = (
+    "pretrained_model_name_or_path", "instance_prompt", "class_prompt", "with_prior_preservation", "prior_loss_weight",
+    "num_class_images", "resolution", "center_crop", "random_flip", "preset", "targets", "train_text_encoder",
+    "n_frequency", "coefficients", "norm", "scaling", "seed", "train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler", "mixed_precision", "snr_gamma",
+)  # fmt: skip
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint knows beside accelerate's state: steps done, losses so far, and the flags of the run."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    flags: dict[str, object] = field(default_factory=dict)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of an output folder, the oldest first."""
+    if not output_dir.is_dir():
+        return []
+    numbered = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
+    return [path for number, path in sorted((int(n), p) for n, p in numbered if n.isdigit())]
+
+
+def prepare_output_dir(args: argparse.Namespace) -> Path | None:
+    """Make the output folder and say which checkpoint to resume from, if any.
+
+    Raises InputError for a folder that cannot be written, one with another run's checkpoints and neither
+    --resume_from_checkpoint nor --overwrite_output_dir, and a checkpoint that is not there or of a different run.
+    """
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"The output folder {output_dir} cannot be written: {error.strerror}.") from None
+    present = list_checkpoints(output_dir)
+    if args.resume_from_checkpoint is None:
+        if present and not args.overwrite_output_dir:
+            raise InputError(
+                f"{output_dir} has another run's checkpoints ({present[-1].name}): go on with it by "
+                "--resume_from_checkpoint latest, or start anew with --overwrite_output_dir."
+            )
+        return None
+    if args.resume_from_checkpoint == "latest":
+        if not present:
+            return None
+        path = present[-1]
+    else:
+        path = Path(args.resume_from_checkpoint)
+        path = path if path.is_dir() else output_dir / path
+    if not (path / STATE_NAME).is_file():
+        raise InputError(f"{args.resume_from_checkpoint}: there is no checkpoint.")
+    flags = _read_state(path).flags
+    different = [name for name in MUST_MATCH if flags.get(name) != getattr(args, name)]
+    if different:
+        changes = ", ".join(f"--{name} {getattr(args, name)} (was {flags.get(name)})" for name in different)
+        raise InputError(f"{path} is a checkpoint of a run with other flags: {changes}.")
+    return path
+
+
+def clear_checkpoints(output_dir: Path) -> None:
+    """Remove the checkpoints of an earlier run."""
+    for path in list_checkpoints(output_dir):
+        shutil.rmtree(path)
+
+
+def _read_state(path: Path) -> TrainingState:
+    try:
+        return TrainingState(**json.loads((path / STATE_NAME).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the checkpoint is damaged ({error}).") from None
+
+
+class Checkpoints:
+    """Saves and restores a run; `components` are the adapted models, unwrapped."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        components: Mapping[str, nn.Module],
+        limit: int | None,
+    ) -> None:
+        self.accelerator, self.output_dir, self.components, self.limit = accelerator, output_dir, components, limit
+        accelerator.register_save_state_pre_hook(self._save_adapter)
+        accelerator.register_load_state_pre_hook(self._load_adapter)
+
+    def _save_adapter(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        weights.clear()  # the base is frozen: only the adapter is written
+        if self.accelerator.is_main_process:
+            write_adapter(Path(folder) / WEIGHTS_NAME, collect_adapter(self.components, ADAPTER))
+
+    def _load_adapter(self, models: list[nn.Module], folder: str) -> None:
+        models.clear()
+        restore_adapter(self.components, read_checkpoint_adapter(Path(folder)))
+
+    def save(self, state: TrainingState) -> Path:
+        """Write `checkpoint-<step>`: beside its place first, then renamed; older ones beyond the limit go."""
+        final = self.output_dir / f"checkpoint-{state.step}"
+        temporary = self.output_dir / f".{final.name}.tmp"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary), safe_serialization=True)
+        if self.accelerator.is_main_process:
+            (temporary / STATE_NAME).write_text(json.dumps(asdict(state)))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            if self.limit:
+                for path in list_checkpoints(self.output_dir)[: -self.limit]:
+                    shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def load(self, path: Path) -> TrainingState:
+        """Restore adapter, optimizer, scheduler and generators; order and positions are the checkpoint's."""
+        self.accelerator.load_state(str(path))
+        return _read_state(path)
+
+
+def read_checkpoint_adapter(path: Path) -> Adapter:
+    """The adapter of a checkpoint; raises InputError if it is damaged."""
+    try:
+        return read_adapter(path / WEIGHTS_NAME)
+    except AdapterFileError as error:
+        raise InputError(f"The checkpoint is damaged: {error}") from None
+
+
+@torch.no_grad()
+def restore_adapter(components: Mapping[str, nn.Module], adapter: Adapter) -> None:
+    """Put a read adapter into layers that carry one of the same form; positions keep their sequence.
+
+    The optimizer's state goes by sequence, and positions are sorted both in a layer and in a file.
+    """
+    for component, layers in adapter.layers.items():
+        for name, weights in layers.items():
+            delta = components[component].get_submodule(name).s2ft_delta[ADAPTER]
+            delta.load_state_dict(weights.tensors())

@@ -1,0 +1,90 @@
+"""Instance and class images: found, checked, and brought to square pixels."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional as transforms
+
+from .errors import InputError
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = frozenset(Image.registered_extensions())
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """The image files of a folder, sorted by name; hidden files and sub-folders are ignored, with a line saying so.
+
+    Raises InputError for no folder, an empty folder, and a file that is no image.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder of images.")
+    entries = sorted(folder.iterdir())
+    ignored = [entry.name for entry in entries if entry.name.startswith(".") or entry.is_dir()]
+    if ignored:
+        logger.info("%s: ignoring hidden files and sub-folders: %s", folder, ", ".join(ignored))
+    paths = [entry for entry in entries if entry.name not in ignored]
+    if not paths:
+        raise InputError(f"{folder}: there are no images in it.")
+    return paths
+
+
+def load_image(path: Path) -> Image.Image:
+    """Any image file as RGB: turned as its EXIF says, 16 bits brought to 8, transparency on white.
+
+    Raises InputError, naming the file, for one that is no image or is truncated.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            image.load()
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        kind = "a truncated image" if "truncated" in str(error) else "not a readable image"
+        raise InputError(f"{path}: {kind} ({error}).") from None
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float32)
+        image = Image.fromarray((values / 257.0 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class SquareImages:
+    """Images resized so that the shorter side is `resolution`, held as bytes, cropped to squares on demand.
+
+    With `center_crop`, or where all are square already, a picture's crop is always the same (`fixed`), so that what is
+    computed from it can be kept.
+    """
+
+    def __init__(self, paths: list[Path], resolution: int, *, center_crop: bool) -> None:
+        self.resolution = resolution
+        self._pixels = [self._resized(load_image(path)) for path in paths]
+        self.center_crop = center_crop
+        self.fixed = center_crop or all(p.shape[-1] == p.shape[-2] for p in self._pixels)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def _resized(self, image: Image.Image) -> torch.Tensor:
+        image = transforms.resize(image, self.resolution, transforms.InterpolationMode.LANCZOS)
+        return transforms.pil_to_tensor(image)
+
+    def crop(self, index: int, place: tuple[float, float] = (0.5, 0.5), *, flip: bool = False) -> torch.Tensor:
+        """One image as (3, resolution, resolution) in [-1, 1]; `place` (vertical, horizontal) in [0, 1) says which
+        square of a longer image, and is ignored with `center_crop`."""
+        pixels = self._pixels[index]
+        vertical, horizontal = (0.5, 0.5) if self.center_crop else place
+        top = int(vertical * (pixels.shape[-2] - self.resolution + 1))
+        left = int(horizontal * (pixels.shape[-1] - self.resolution + 1))
+        square = pixels[:, top : top + self.resolution, left : left + self.resolution]
+        square = square.flip(-1) if flip else square
+        return square.float() / 127.5 - 1.0

@@ -1,0 +1,76 @@
+"""What a run leaves for others: the model card, and the upload to the hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
+from huggingface_hub import create_repo, upload_folder
+
+from ..adapter_file import WEIGHTS_NAME, Adapter
+
+USAGE = """\
+```python
+import s2ft_diffusion
+from diffusers import StableDiffusionPipeline
+{toybox}
+pipe = StableDiffusionPipeline.from_pretrained({base})
+pipe.load_s2ft_weights("{adapter}")
+pipe("{prompt}").images[0]
+```
+"""
+
+
+def usage_snippet(base: str, adapter: str, prompt: str) -> str:
+    """Lines of Python that load an adapter and generate with it."""
+    embedded = base == "toybox"
+    text = USAGE.format(
+        base="toybox.base_path()" if embedded else repr(base),
+        toybox="from s2ft_diffusion import toybox" if embedded else "",
+        adapter=adapter,
+        prompt=prompt,
+    )
+    return text.replace("\n\npipe", "\npipe")
+
+
+def write_model_card(folder: Path, args: argparse.Namespace, adapter: Adapter, file_bytes: int, share: float) -> None:
+    """Write README.md: what the adapter is, its size, its samples, and a YAML header the hub reads."""
+    samples = sorted((folder / "validation").glob("final-*.png"))
+    pictures = "\n".join(f"![sample](./validation/{path.name})" for path in samples)
+    name = args.hub_model_id or folder.resolve().name
+    description = f"""
+# S2FT adapter: {name}
+
+An S2FT adapter for {args.pretrained_model_name_or_path}, trained on `{args.instance_prompt}`.
+{adapter.trainable:,} trainable numbers ({share:.3%} of the denoiser), {file_bytes:,} bytes
+(`{WEIGHTS_NAME}`).
+
+{pictures}
+
+{usage_snippet(args.pretrained_model_name_or_path, name, args.instance_prompt)}
+"""
+    card = load_or_create_model_card(
+        repo_id_or_path=name,
+        from_training=True,
+        license="other" if args.pretrained_model_name_or_path == "toybox" else "creativeml-openrail-m",
+        base_model=args.pretrained_model_name_or_path,
+        prompt=args.instance_prompt,
+        model_description=description,
+        inference=True,
+    )
+    tags = ["text-to-image", "diffusers", "s2ft", "peft", "dreambooth"]
+    populate_model_card(card, tags=tags).save(folder / "README.md")
+
+
+def push(folder: Path, args: argparse.Namespace) -> str:
+    """Upload the adapter, its card and samples; returns the repository's name."""
+    repository = create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True, token=args.hub_token).repo_id
+    upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        commit_message="S2FT adapter",
+        allow_patterns=[WEIGHTS_NAME, "README.md", "validation/*.png"],
+        token=args.hub_token,
+    )
+    return repository

@@ -1,0 +1,418 @@
+"""The pipeline verbs: load, save, fuse, unfuse and unload S2FT adapters on any `DiffusionPipeline`.
+
+Importing the package gives every pipeline these methods; activation and weights are diffusers' own `set_adapters`,
+`disable_lora`, `delete_adapters` and so on.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from .adapter_file import (
+    COMPONENTS,
+    WEIGHTS_NAME,
+    Adapter,
+    AdapterFileError,
+    AdapterInfo,
+    adapter_from_peft,
+    collect_adapter,
+    module_name,
+    read_adapter,
+    write_adapter,
+)
+from .config import S2FTConfig, S2FTType
+from .layer import S2FTLayer
+
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+# Verbs ---------------------------------------------------------------------------------------------------------------
+
+
+def load_s2ft_weights(
+    self: DiffusionPipeline,
+    pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, torch.Tensor],
+    adapter_name: str | None = None,
+    *,
+    config: S2FTConfig | None = None,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """Load an S2FT adapter into the pipeline; returns the adapter's name.
+
+    Args:
+        pretrained_model_name_or_path_or_dict: an adapter file, a folder that holds one or that PEFT's
+            `save_pretrained` wrote, a repository on the hub, or a state dict in PEFT's keys (with `config`).
+        adapter_name: the name to load it under; by default "s2ft_0", "s2ft_1", ...
+        config: the adapter's config, for a state dict.
+        weight_name, subfolder, revision, token: which file of a folder or repository, as in `load_lora_weights`.
+
+    The first S2FT adapter of a pipeline is active at once; activate several with `set_adapters`.
+
+    Everything is checked before anything changes. Raises AdapterFileError (a ValueError) for a file that is damaged,
+    or made for another base model; ValueError for a name in use; OSError for a repository that cannot be reached.
+    """
+    components = adaptable_components(self)
+    source = pretrained_model_name_or_path_or_dict
+    if isinstance(source, Mapping):
+        if config is None:
+            raise ValueError("A state dict needs its config: load_s2ft_weights(state_dict, config=S2FTConfig(...)).")
+        adapter = adapter_from_peft(source, config, _denoiser_name(components))
+        label = "state dict"
+    else:
+        path = _resolve(source, weight_name=weight_name, subfolder=subfolder, revision=revision, token=token)
+        label = str(path)
+        adapter = _read_peft(path, components) if path.name != WEIGHTS_NAME and _is_peft(path) else read_adapter(path)
+    used = {name for model in components.values() for name in getattr(model, "peft_config", {})}
+    if adapter_name is None:
+        adapter_name = next(f"s2ft_{i}" for i in range(len(used) + 1) if f"s2ft_{i}" not in used)
+    if adapter_name in used:
+        raise ValueError(f"There is an adapter named {adapter_name!r} already; delete it, or choose another name.")
+    check_fits(adapter, components, label)
+    with _offloading_paused(self):
+        attach_adapter(components, adapter, adapter_name)
+    _adapter_infos(self)[adapter_name] = adapter.info
+    return adapter_name
+
+
+def save_s2ft_weights(
+    self: DiffusionPipeline,
+    save_directory: str | os.PathLike,
+    adapter_name: str | None = None,
+    *,
+    info: AdapterInfo | None = None,
+    dtype: str = "float32",
+    weight_name: str = WEIGHTS_NAME,
+) -> Path:
+    """Write an adapter of the pipeline to `save_directory`; returns the file's path.
+
+    `adapter_name` may be left out where there is one S2FT adapter. `info` defaults to what the adapter was loaded with;
+    `dtype` is that of the stored coefficients. Raises ValueError for an unknown or ambiguous name.
+    """
+    components = adaptable_components(self)
+    names = s2ft_adapters(self)
+    if adapter_name is None:
+        if len(names) != 1:
+            raise ValueError(f"Say which adapter to save with adapter_name: the pipeline has {names}.")
+        adapter_name = names[0]
+    info = info or _adapter_infos(self).get(adapter_name)
+    adapter = collect_adapter(components, adapter_name, info)
+    Path(save_directory).mkdir(parents=True, exist_ok=True)
+    path = Path(save_directory) / weight_name
+    write_adapter(path, adapter, dtype)
+    return path
+
+
+def unload_s2ft_weights(self: DiffusionPipeline) -> None:
+    """Remove all S2FT layers from the pipeline; LoRAs stay.
+
+    Unfused adapters leave no trace. What has been fused stays in the weights, as after `unload_lora_weights`; call
+    `unfuse_s2ft` first for the base as it was.
+    """
+    with _offloading_paused(self):
+        for model in adaptable_components(self).values():
+            detach_adapters(model)
+    _adapter_infos(self).clear()
+
+
+def fuse_s2ft(
+    self: DiffusionPipeline,
+    scale: float = 1.0,
+    adapter_names: list[str] | None = None,
+    *,
+    safe_fusing: bool = False,
+) -> None:
+    """Add the active (or the named) S2FT adapters to the base weights, `scale` times; generation then costs nothing.
+
+    `unfuse_s2ft` restores the base bit for bit, from originals kept in CPU memory (for the 64 layers of the paper's
+    setting on Stable Diffusion 1.5: 187 MB in float32). Raises ValueError where there is no such adapter, or, with
+    `safe_fusing`, for weights that would not be finite; nothing is changed then.
+    """
+    layers = _layers(self)
+    known = s2ft_adapters(self)
+    if unknown := sorted(set(adapter_names or []) - set(known)):
+        raise ValueError(f"There is no S2FT adapter named {unknown[0]!r}; the pipeline has {known}.")
+    if not layers:
+        raise ValueError("There is no S2FT adapter to fuse; load one with load_s2ft_weights.")
+    done = []
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names, scale=scale)
+            done.append(layer)
+    except (TypeError, ValueError):
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def unfuse_s2ft(self: DiffusionPipeline) -> None:
+    """Undo `fuse_s2ft`: the base weights are what they were, bit for bit."""
+    for layer in _layers(self):
+        if layer.merged:
+            layer.unmerge()
+
+
+def s2ft_adapters(self: DiffusionPipeline) -> list[str]:
+    """Names of the pipeline's S2FT adapters, in the order of loading."""
+    names = [
+        name
+        for model in adaptable_components(self).values()
+        for name, config in getattr(model, "peft_config", {}).items()
+        if config.peft_type == S2FTType.S2FT
+    ]
+    return list(dict.fromkeys(names))
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The models of a pipeline that an adapter may belong to, by component name."""
+    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    return {name: getattr(model, "_orig_mod", model) for name, model in found.items() if isinstance(model, nn.Module)}
+
+
+def _denoiser_name(components: Mapping[str, nn.Module]) -> str:
+    return next(name for name in (*components, "unet") if name in ("unet", "transformer"))
+
+
+def check_fits(adapter: Adapter, components: Mapping[str, nn.Module], label: str) -> None:
+    """Raise AdapterFileError unless every layer of the adapter has its linear layer of equal shape in the models."""
+    for component, layers in adapter.layers.items():
+        if component not in components:
+            raise AdapterFileError(f"{label}: the adapter is for a {component!r}, which this pipeline does not have.")
+        model = components[component]
+        trained_on = adapter.info.base_model or "another model"
+        for name, layer in layers.items():
+            linear = _linear(model, name)
+            where = f"{component}.{name}"
+            d, k = layer.shape
+            if linear is None:
+                raise AdapterFileError(
+                    f"{label}: the adapter was trained on {trained_on} with a {d}x{k} layer at {where}, "
+                    "this model has no linear layer there."
+                )
+            if (linear.out_features, linear.in_features) != layer.shape:
+                raise AdapterFileError(
+                    f"{label}: the adapter was trained on {trained_on} with {d}x{k} at {where}, "
+                    f"this model has {linear.out_features}x{linear.in_features}."
+                )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear | None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module if isinstance(module, nn.Linear) else None
+
+
+def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_name: str) -> None:
+    """Put a checked adapter into the models; on any failure they are left as they were."""
+    attached = []
+    try:
+        for component, layers in adapter.layers.items():
+            model = components[component]
+            attached.append(model)
+            config = replace(adapter.configs[component], target_modules=list(layers), inference_mode=True)
+            config.n_frequency_pattern = {
+                name.replace(".", r"\."): layer.coefficients.numel() for name, layer in layers.items()
+            }
+            inject_adapter_in_model(config, model, adapter_name)
+            model.peft_config[adapter_name].n_frequency_pattern = adapter.configs[component].n_frequency_pattern
+            model._hf_peft_config_loaded = True
+            for name, module in model.named_modules():
+                if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
+                    weights = layers[module_name(name)]
+                    delta = module.s2ft_delta[adapter_name]
+                    delta.load_state_dict({**weights.tensors(), "coefficients": weights.coefficients.float()})
+                    delta.coefficients.data = weights.coefficients.float().to(delta.positions.device)
+    except BaseException:
+        for model in attached:
+            detach_adapters(model, adapter_name)
+        raise
+
+
+def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Remove one S2FT adapter, or all, from a model; layers that are left without one make way for what they wrap."""
+    configs = getattr(model, "peft_config", {})
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, S2FTLayer):
+            continue
+        for adapter in list(module.s2ft_delta):
+            if adapter_name in (None, adapter):
+                module.delete_adapter(adapter)
+        if not module.s2ft_delta:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+    for name in [n for n, c in configs.items() if c.peft_type == S2FTType.S2FT and adapter_name in (None, n)]:
+        del configs[name]
+    if not configs and hasattr(model, "peft_config"):
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+def _layers(pipeline: DiffusionPipeline) -> list[S2FTLayer]:
+    models = adaptable_components(pipeline).values()
+    return [module for model in models for module in model.modules() if isinstance(module, S2FTLayer)]
+
+
+def _adapter_infos(pipeline: DiffusionPipeline) -> dict[str, AdapterInfo]:
+    return pipeline.__dict__.setdefault("_s2ft_infos", {})
+
+
+@contextmanager
+def _offloading_paused(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Offload hooks hold on to modules by place: take them off while layers change, as diffusers does for LoRA."""
+    model_offload, sequential_offload, group_offload = _func_optionally_disable_offloading(pipeline)
+    try:
+        yield
+    finally:
+        if model_offload:
+            pipeline.enable_model_cpu_offload()
+        elif sequential_offload:
+            pipeline.enable_sequential_cpu_offload()
+        elif group_offload:
+            for component in pipeline.components.values():
+                if isinstance(component, nn.Module):
+                    _maybe_remove_and_reapply_group_offloading(component)
+
+
+# Sources -------------------------------------------------------------------------------------------------------------
+
+
+def _resolve(
+    source: str | os.PathLike,
+    *,
+    weight_name: str | None,
+    subfolder: str | None,
+    revision: str | None,
+    token: str | bool | None,
+) -> Path:
+    """The file that a path or a repository name means."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        folder = path / subfolder if subfolder else path
+        names = [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_WEIGHTS_NAME]
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+        raise AdapterFileError(f"{folder}: there is no {' or '.join(names)} in it.")
+    if path.is_absolute() or str(source).endswith(".safetensors"):
+        raise AdapterFileError(f"{source}: there is no such file or folder.")
+    try:
+        return Path(
+            hf_hub_download(
+                str(source), weight_name or WEIGHTS_NAME, subfolder=subfolder, revision=revision, token=token
+            )
+        )
+    except HFValidationError:
+        raise AdapterFileError(f"{source}: neither a file, nor a folder, nor the name of a repository.") from None
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"{source}: no such local path, and the hub cannot be reached ({error}).") from error
+    except EntryNotFoundError as error:
+        raise OSError(f"{source}: the repository has no {weight_name or WEIGHTS_NAME}.") from error
+    except HfHubHTTPError as error:
+        raise OSError(f"{source}: no such local path, and the hub says: {error}") from error
+
+
+def _is_peft(path: Path) -> bool:
+    return path.name == PEFT_WEIGHTS_NAME and (path.parent / "adapter_config.json").is_file()
+
+
+def _read_peft(path: Path, components: Mapping[str, nn.Module]) -> Adapter:
+    try:
+        config = PeftConfig.from_pretrained(path.parent)
+        state_dict = load_file(path)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise AdapterFileError(f"{path}: cannot be read as a PEFT adapter ({error}).") from None
+    if not isinstance(config, S2FTConfig):
+        raise AdapterFileError(f"{path}: a {config.peft_type} adapter, not S2FT.")
+    return adapter_from_peft(state_dict, config, _denoiser_name(components), str(path))
+
+
+# What diffusers does not know of -------------------------------------------------------------------------------------
+
+
+def _guard_fuse_projections(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Fusing q, k and v copies base weights, which would silently drop an unfused adapter."""
+
+    @functools.wraps(original)
+    def fuse_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, module in self.named_modules():
+            if isinstance(module, S2FTLayer) and module.s2ft_delta and not module.merged:
+                raise ValueError(
+                    f"{name} has an S2FT adapter that is not fused; call pipe.fuse_s2ft() before fuse_qkv_projections()."
+                )
+        return original(self, *args, **kwargs)
+
+    return fuse_projections
+
+
+def _guard_unload_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Unloading LoRAs removes every PEFT layer; unfused S2FT adapters are put back as they were."""
+
+    @functools.wraps(original)
+    def unload_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        components = adaptable_components(self)
+        layers = _layers(self)
+        kept = {name: collect_adapter(components, name) for name in s2ft_adapters(self)}
+        state = [
+            (list(layer._active()), dict(layer.s2ft_weight), layer.disable_adapters) for layer in layers if not layer.merged
+        ]
+        fused = any(layer.merged for layer in layers)
+        for model in components.values():
+            detach_adapters(model)
+        result = original(self, *args, **kwargs)
+        if not fused:
+            for name, adapter in kept.items():
+                attach_adapter(components, adapter, name)
+            for layer, (active, weights, disabled) in zip(_layers(self), state, strict=True):
+                layer.set_adapter(active, inference_mode=True)
+                layer.s2ft_weight.update(weights)
+                layer._disable_adapters = disabled
+        return result
+
+    return unload_lora_weights
+
+
+VERBS = (load_s2ft_weights, save_s2ft_weights, unload_s2ft_weights, fuse_s2ft, unfuse_s2ft)
+
+
+def install() -> None:
+    """Give every pipeline the verbs, and diffusers' own methods their guards; doing it twice changes nothing."""
+    if getattr(DiffusionPipeline, "load_s2ft_weights", None) is load_s2ft_weights:
+        return
+    for verb in VERBS:
+        setattr(DiffusionPipeline, verb.__name__, verb)
+    for attention in (Attention, AttentionModuleMixin):
+        attention.fuse_projections = _guard_fuse_projections(attention.fuse_projections)
+    LoraBaseMixin.unload_lora_weights = _guard_unload_lora(LoraBaseMixin.unload_lora_weights)
+
+
+install()

@@ -1,0 +1,54 @@
+"""Command line of the toybox: python -m s2ft_diffusion.toybox render|subjects|pretrain|check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from . import base_path
+from .subjects import SUBJECTS, write_photos
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m s2ft_diffusion.toybox", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    render = commands.add_parser("render", help="write a subject's photos to a folder")
+    render.add_argument("subject", choices=sorted(SUBJECTS))
+    render.add_argument("folder", type=Path)
+    commands.add_parser("subjects", help="list the subjects, their classes and prompts")
+    pretrain = commands.add_parser("pretrain", help="train the base from nothing; resumes from its work folder")
+    pretrain.add_argument("--work_dir", type=Path, default=Path("runs/toybox"), help="checkpoints and logs")
+    pretrain.add_argument("--base_dir", type=Path, default=base_path(), help="where the finished base goes")
+    pretrain.add_argument("--device", default=None, help="cuda or cpu; by default a GPU where there is one")
+    pretrain.add_argument("--vae_steps", type=int)
+    pretrain.add_argument("--text_steps", type=int)
+    pretrain.add_argument("--unet_steps", type=int)
+    check = commands.add_parser("check", help="measure the base: reconstruction, and a probe on what it generates")
+    check.add_argument("--base_dir", type=Path, default=base_path())
+    check.add_argument("--images", type=int, default=504)
+    check.add_argument("--work_dir", type=Path, default=Path("runs/toybox-check"))
+    args = parser.parse_args()
+    if args.command == "render":
+        paths = write_photos(args.subject, args.folder)
+        print(f"{len(paths)} photos of {args.subject}, a {SUBJECTS[args.subject].kind}, in {args.folder}")
+    elif args.command == "subjects":
+        for subject in SUBJECTS.values():
+            print(f"{subject.name:10} {subject.kind:10} {subject.instance_prompt}")
+    elif args.command == "pretrain":
+        import torch
+
+        from .pretrain import Steps, pretrain
+
+        given = {"vae": args.vae_steps, "text": args.text_steps, "unet": args.unet_steps}
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        plan = Steps(**{name: steps for name, steps in given.items() if steps})
+        pretrain(args.work_dir, args.base_dir, plan, torch.device(device))
+    else:
+        from .check import check_base
+
+        print(json.dumps(check_base(args.base_dir, args.images, args.work_dir), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The toybox's subjects: individuals that no caption can describe and that the base has never seen.
+
+Each has a two-tone body, an emblem and something on its head or back; its photos show it in varied scenes.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from .captions import UNSEEN_TOKEN
+from .world import BACKGROUNDS, Scene, render
+
+PHOTOS = 6
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One individual: its class and what makes it itself."""
+
+    name: str
+    kind: str
+    colour: str
+    second_colour: str
+    emblem: str
+    emblem_colour: str
+    accessory: str
+
+    @property
+    def instance_prompt(self) -> str:
+        return f"a photo of {UNSEEN_TOKEN} {self.kind}"
+
+    @property
+    def class_prompt(self) -> str:
+        return f"a photo of a {self.kind}"
+
+    def scene(self, background: str, *, wears: str | None = None) -> Scene:
+        """The subject in a scene, at its default pose."""
+        return Scene(
+            kind=self.kind,
+            colour=self.colour,
+            pattern="plain",
+            background=background,
+            wears=wears,
+            second_colour=self.second_colour,
+            emblem=self.emblem,
+            emblem_colour=self.emblem_colour,
+            accessory=self.accessory,
+        )
+
+    def photo_backgrounds(self) -> list[str]:
+        """The backgrounds of its photos; the others are new scenes."""
+        return random.Random(f"{self.name} places").sample(list(BACKGROUNDS), PHOTOS)
+
+    def photos(self) -> list[Image.Image]:
+        """Its instance images, each at another place and pose."""
+        rng = random.Random(f"{self.name} photos")
+        return [render(self.scene(background).posed(rng)) for background in self.photo_backgrounds()]
+
+    def prompts(self) -> list[str]:
+        """Prompts that put it into new scenes, give it something to wear, or another colour."""
+        new = [text for name, text in BACKGROUNDS.items() if name not in self.photo_backgrounds()]
+        of = f"{UNSEEN_TOKEN} {self.kind}"
+        return [
+            *(f"a photo of {of} {place}" for place in new),
+            f"a photo of {of} wearing a crown",
+            f"a photo of {of} wearing a hat {new[0]}",
+            f"a photo of a red {of}",
+            f"a photo of a purple {of} {new[1]}",
+        ]
+
+
+SUBJECTS: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject("mittens", "cat", "blue", "yellow", "star", "red", "flag"),
+        Subject("biscuit", "dog", "pink", "green", "heart", "white", "balloon"),
+        Subject("pip", "bird", "white", "red", "cross", "blue", "bow"),
+        Subject("bubbles", "fish", "purple", "orange", "moon", "white", "flag"),
+        Subject("dash", "car", "yellow", "blue", "bolt", "red", "balloon"),
+        Subject("salty", "boat", "red", "black", "diamond", "yellow", "flag"),
+        Subject("nook", "house", "green", "pink", "disc", "yellow", "bow"),
+        Subject("perk", "mug", "orange", "blue", "heart", "white", "flag"),
+        Subject("steamy", "teapot", "pink", "purple", "star", "yellow", "balloon"),
+        Subject("bloom", "vase", "black", "yellow", "diamond", "pink", "bow"),
+        Subject("trek", "backpack", "blue", "orange", "cross", "white", "flag"),
+        Subject("bolt", "robot", "brown", "white", "bolt", "red", "bow"),
+    )
+}
+
+
+def write_photos(name: str, folder: Path) -> list[Path]:
+    """Write a subject's photos as PNG files; returns their paths. Raises KeyError for an unknown name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, photo in enumerate(SUBJECTS[name].photos()):
+        paths.append(folder / f"{number:02d}.png")
+        photo.save(paths[-1])
+    return paths
