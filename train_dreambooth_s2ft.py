@@ -149,7 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     return loss(batch) * magnify
 
             bar = tqdm(batches, desc="estimate", disable=not accelerator.is_main_process)
-            prior = estimate_prior(list(components.values()), loss_of, bar, estimate=args.estimate, adapter_name=ADAPTER)
+            prior = estimate_prior(
+                list(components.values()), loss_of, bar, estimate=args.estimate, adapter_name=ADAPTER
+            )
             say(f"{args.estimate}, {args.estimate_draws} draws of {len(sources[0])} images")
         with phases("rearrange") as say:
             place_from_prior(list(components.values()), prior, adapter_name=ADAPTER, progress=True)
@@ -217,7 +219,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 saved = checkpoints.save(state)
                 if stop:
                     raise Interrupted(f"Stopped after step {state.step}; {saved} is complete.")
-            if args.validation_prompt and state.step < steps and state.step % (args.validation_epochs * epoch_steps) == 0:
+            if (
+                args.validation_prompt
+                and state.step < steps
+                and state.step % (args.validation_epochs * epoch_steps) == 0
+            ):
                 validate(f"step-{state.step:06d}", state.step)
         bar.close()
         tenth = max(1, steps // 10)
@@ -286,9 +292,7 @@ def make_class_images(
     return made
 
 
-def estimate_batches(
-    args, stream: DrawStream, source: LatentSource, accelerator: Accelerator
-) -> list[list[Sample]]:
+def estimate_batches(args, stream: DrawStream, source: LatentSource, accelerator: Accelerator) -> list[list[Sample]]:
     """One draw a batch; for "full", a step's batch has one draw of every image. Each process takes its part."""
     draws = stream.stratified(args.estimate_draws)
     size = stream.count if args.estimate == "full" else 1

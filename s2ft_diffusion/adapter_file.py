@@ -131,9 +131,7 @@ def make_thumbnail(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def collect_adapter(
-    components: Mapping[str, nn.Module], adapter_name: str, info: AdapterInfo | None = None
-) -> Adapter:
+def collect_adapter(components: Mapping[str, nn.Module], adapter_name: str, info: AdapterInfo | None = None) -> Adapter:
     """Read an adapter out of the models of a pipeline, by component name.
 
     Raises ValueError if no component has it.

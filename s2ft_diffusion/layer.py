@@ -237,9 +237,7 @@ class S2FTLinear(nn.Module, S2FTLayer):
 
     # Merging: PEFT's word for fusing
 
-    def merge(
-        self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, scale: float = 1.0
-    ) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, scale: float = 1.0) -> None:
         """Add the delta weights of the active (or the named) adapters to the base weight, `scale` times.
 
         The weight as it was is kept on the CPU, so that `unmerge` restores it bit for bit; that costs one copy of every

@@ -383,7 +383,9 @@ def _guard_unload_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         layers = _layers(self)
         kept = {name: collect_adapter(components, name) for name in s2ft_adapters(self)}
         state = [
-            (list(layer._active()), dict(layer.s2ft_weight), layer.disable_adapters) for layer in layers if not layer.merged
+            (list(layer._active()), dict(layer.s2ft_weight), layer.disable_adapters)
+            for layer in layers
+            if not layer.merged
         ]
         fused = any(layer.merged for layer in layers)
         for model in components.values():

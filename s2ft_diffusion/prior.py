@@ -54,7 +54,9 @@ def initialize_s2ft_weights(
     positions and sends them to the others. Raises ValueError for a loss or a gradient that is not finite (naming the
     layer) and where there is nothing to estimate; warns for a prior with too few nonzero frequencies.
     """
-    prior = estimate_prior(models, loss, batches, estimate=estimate, adapter_name=adapter_name, learning_rate=learning_rate)
+    prior = estimate_prior(
+        models, loss, batches, estimate=estimate, adapter_name=adapter_name, learning_rate=learning_rate
+    )
     place_from_prior(models, prior, adapter_name=adapter_name, progress=progress)
 
 
@@ -164,7 +166,9 @@ def _only_base_weights_train(models: nn.Module | Sequence[nn.Module], layers: di
 def _backward(loss: Callable[[Any], torch.Tensor], batch: Any) -> None:
     value = loss(batch)
     if not torch.isfinite(value):
-        raise ValueError(f"The loss is {float(value)} while estimating the weight change; check the data and precision.")
+        raise ValueError(
+            f"The loss is {float(value)} while estimating the weight change; check the data and precision."
+        )
     value.backward()
 
 

@@ -129,7 +129,9 @@ def count_positions(n_frequency: int | float, shape: tuple[int, int], kind: Coef
         raise ValueError(f"n_frequency={n_frequency} buys no {kind} coefficient in a {d}x{k} layer.")
     if positions > available:
         most = 2 * available if kind == "complex" else available
-        raise ValueError(f"n_frequency={n_frequency} is more than the {most} numbers that a {d}x{k} layer has room for.")
+        raise ValueError(
+            f"n_frequency={n_frequency} is more than the {most} numbers that a {d}x{k} layer has room for."
+        )
     return positions
 
 

@@ -81,7 +81,9 @@ class DrawStream:
         )
 
 
-def process_slots(step: int, micro_step: int, batch: int, accumulation: int, processes: int, rank: int) -> Iterator[int]:
+def process_slots(
+    step: int, micro_step: int, batch: int, accumulation: int, processes: int, rank: int
+) -> Iterator[int]:
     """The numbers of the samples that one process takes in one micro-step of one optimizer step."""
     start = ((step * accumulation + micro_step) * processes + rank) * batch
     yield from range(start, start + batch)

@@ -106,8 +106,8 @@ class Steps:
 
     vae: int = 6000
     text: int = 800
-    scenes: int = 50_000
-    unet: int = 10_000
+    scenes: int = 40_000
+    unet: int = 9000
     decay: int = 3000
 
 
@@ -239,7 +239,11 @@ def train_text_encoder(
         rng = random.Random(i)
         mentions = [random_caption(random_scene(rng), rng, filler) for _ in range(batch)]
         ids = tokenizer(
-            [m.text for m in mentions], padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+            [m.text for m in mentions],
+            padding="max_length",
+            truncation=True,
+            max_length=MAX_LENGTH,
+            return_tensors="pt",
         ).input_ids.to(device)
         _set_rate(optimizer, 1e-3 * min(1.0, (i + 1) / 100) * (1 - i / steps))
         with _autocast(device):
