@@ -54,7 +54,7 @@ from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
 from s2ft_diffusion.dreambooth.phases import Phases
 from s2ft_diffusion.dreambooth.prompts import Prompts
 from s2ft_diffusion.dreambooth.publish import push, usage_snippet, write_model_card
-from s2ft_diffusion.prior import estimate_prior, place_from_prior, s2ft_layers
+from s2ft_diffusion.prior import estimate_prior, place_from_prior
 
 logger = logging.getLogger("train_dreambooth_s2ft")
 

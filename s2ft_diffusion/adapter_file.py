@@ -349,7 +349,7 @@ def check_layer(layer: LayerWeights, kind: str) -> None:
         raise AdapterFileError(f"positions have shape {tuple(layer.positions.shape)}.")
     if tuple(layer.coefficients.shape) != expected:
         raise AdapterFileError(
-            f"{kind} coefficients have shape {tuple(layer.coefficients.shape)}, expected {expected} for {count} positions."
+            f"{kind} coefficients have shape {tuple(layer.coefficients.shape)}, {count} positions need {expected}."
         )
     if not torch.isfinite(layer.coefficients).all():
         raise AdapterFileError("coefficients have NaN or infinite entries.")
@@ -405,4 +405,4 @@ def adapter_from_peft(
         except AdapterFileError as error:
             raise AdapterFileError(f"{source}: {owner}.{name}: {error}") from None
         layers.setdefault(owner, {})[module_name(name)] = layer
-    return Adapter({owner: config for owner in layers}, layers)
+    return Adapter(dict.fromkeys(layers, config), layers)

@@ -12,7 +12,7 @@ from .rearrange import Distance
 from .spectrum import CoefficientKind, Norm, Sampling
 
 
-class S2FTType(str, Enum):
+class S2FTType(str, Enum):  # noqa: UP042
     """The name under which PEFT knows the method (a str, and an Enum because transformers reads `.value`)."""
 
     S2FT = "S2FT"

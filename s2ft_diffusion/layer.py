@@ -250,11 +250,9 @@ class S2FTLinear(nn.Module, S2FTLayer):
         if not weight.dtype.is_floating_point or weight.shape != (self.out_features, self.in_features):
             raise TypeError(f"An S2FT adapter cannot be fused into a {weight.dtype} weight; use it unfused.")
         scales = {name: self.effective_scale(name) * scale for name in adapter_names}
-        if self._unfused_weight is None:
-            # `copy=True`: on a CPU base `.to` would hand back the same tensor
-            unfused = weight.data.detach().to("cpu", copy=True)
-        else:
-            unfused = self._unfused_weight
+        unfused = self._unfused_weight
+        if unfused is None:
+            unfused = weight.data.detach().to("cpu", copy=True)  # a copy also where the weight is on the CPU
         with torch.no_grad():
             fused = self._add_deltas(weight.data, scales)
         if safe_merge and not torch.isfinite(fused).all():

@@ -367,7 +367,7 @@ def _guard_fuse_projections(original: Callable[..., Any]) -> Callable[..., Any]:
         for name, module in self.named_modules():
             if isinstance(module, S2FTLayer) and module.s2ft_delta and not module.merged:
                 raise ValueError(
-                    f"{name} has an S2FT adapter that is not fused; call pipe.fuse_s2ft() before fuse_qkv_projections()."
+                    f"{name} has an unfused S2FT adapter; call pipe.fuse_s2ft() before fuse_qkv_projections()."
                 )
         return original(self, *args, **kwargs)
 

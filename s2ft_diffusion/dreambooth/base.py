@@ -51,7 +51,7 @@ def plan_base(args: argparse.Namespace) -> BasePlan:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"The base model {name!r} cannot be loaded ({reason}). Without access to the hub, pass a local folder with "
-            "--pretrained_model_name_or_path FOLDER (a Stable Diffusion in diffusers' layout), or use the embedded base "
+            "--pretrained_model_name_or_path FOLDER (Stable Diffusion in diffusers' layout), or use the embedded base "
             "with --pretrained_model_name_or_path toybox."
         ) from None
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)

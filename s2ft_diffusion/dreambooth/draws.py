@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample: the image's index, a timestep in [0, 1), the crop's place, a flip, and noises of the latent's shape."""
+    """One sample: the image's index, a time in [0, 1), the crop's place, a flip, and noises of the latent's shape."""
 
     image: int
     time: float

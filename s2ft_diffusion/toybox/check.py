@@ -8,6 +8,7 @@ what it gets right on held-out renders.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -35,7 +36,7 @@ class Probe(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, 256), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(ATTRIBUTES[name])) for name in PROBED})
@@ -148,7 +149,7 @@ def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
 
 
 def check_base(base_dir: Path, count: int, work_dir: Path) -> dict[str, object]:
-    """All measurements, also written to `check.json` in the base's folder; a sheet of images goes to the work folder."""
+    """All measurements, also written to `check.json` in the base's folder; a sheet of images to the work folder."""
     probe = load_probe() if PROBE_PATH.exists() else train_probe(work_dir)
     pipeline = StableDiffusionPipeline.from_pretrained(base_dir)
     pairs = prompted_scenes(count)

@@ -23,7 +23,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     `vocab.json` and `merges.txt` are written beside the fast tokenizer's own file, for readers of either form.
     """
     words = [*world_words(), UNSEEN_TOKEN, *PROMPT_WORDS]
-    words = [word for word in dict.fromkeys(words)]
+    words = list(dict.fromkeys(words))
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     characters = sorted(ByteLevel.alphabet())
