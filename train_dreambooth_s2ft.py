@@ -72,7 +72,7 @@ class Interrupted(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
-    for chatty in ("httpx", "torch.distributed", "accelerate"):
+    for chatty in ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.model"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()

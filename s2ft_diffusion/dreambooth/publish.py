@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from ..adapter_file import WEIGHTS_NAME, Adapter
 
@@ -50,17 +49,16 @@ An S2FT adapter for {args.pretrained_model_name_or_path}, trained on `{args.inst
 
 {usage_snippet(args.pretrained_model_name_or_path, name, args.instance_prompt)}
 """
-    card = load_or_create_model_card(
-        repo_id_or_path=name,
-        from_training=True,
-        license="other" if args.pretrained_model_name_or_path == "toybox" else "creativeml-openrail-m",
+    header = ModelCardData(
         base_model=args.pretrained_model_name_or_path,
-        prompt=args.instance_prompt,
-        model_description=description,
-        inference=True,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["text-to-image", "diffusers", "s2ft", "peft", "dreambooth"],
+        instance_prompt=args.instance_prompt,
+        widget=[{"text": args.validation_prompt, "output": {"url": f"validation/{path.name}"}} for path in samples]
+        or None,
     )
-    tags = ["text-to-image", "diffusers", "s2ft", "peft", "dreambooth"]
-    populate_model_card(card, tags=tags).save(folder / "README.md")
+    ModelCard(f"---\n{header.to_yaml()}\n---\n{description}").save(folder / "README.md")
 
 
 def push(folder: Path, args: argparse.Namespace) -> str:

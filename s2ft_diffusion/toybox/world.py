@@ -54,8 +54,8 @@ class Scene:
     """What one picture shows.
 
     `x`, `y` are offsets of the object's centre from the picture's, as a share of the picture's side; `size` is half the
-    object's extent as a share of the side; `rotation` is in degrees. `second_colour`, `emblem` and `accessory`
-    belong to subjects alone: no picture of the base's training data has them. `seed` draws the details of the background.
+    object's extent as a share of the side; `rotation` is in degrees. `seed` draws the background's details.
+    `second_colour`, `emblem` and `accessory` belong to subjects alone: no picture that the base learned has them.
     """
 
     kind: str
