@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml | $(PYTHON)
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PYTHON) -m s2ft_diffusion.demo
+	$(PYTHON) demo.py
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

@@ -8,8 +8,9 @@ Layout, format version 1. For every adapted layer, under `<component>.<module na
     row_order      (d,), column_order (k,): permutations; unsigned
     row_sign       ceil(d / 8), column_sign ceil(k / 8): bits, 1 for -1; uint8
 
-Unsigned tensors are in the narrowest of 8, 16 and 32 bits. The header's metadata has `format` ("s2ft"),
-`format_version`, and `s2ft`: a JSON object with the config of each component, each layer's shape, and `info`.
+Unsigned tensors are in the narrowest of 8, 16 and 32 bits. The header's metadata has one entry, `s2ft`: a JSON object
+with `format_version`, the config of each component, each layer's shape, and `info`. (One, because safetensors writes
+several in random order, and equal adapters shall make equal files.)
 
 Reading is strict: whatever the tensors hold is checked before anyone uses it, and nothing is ever unpickled.
 """
@@ -38,7 +39,8 @@ from .layer import S2FTLayer
 from .prior import s2ft_layers
 
 WEIGHTS_NAME = "pytorch_s2ft_weights.safetensors"
-FORMAT, FORMAT_VERSION = "s2ft", 1
+FORMAT_VERSION = 1
+METADATA_KEY = "s2ft"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 THUMBNAIL_BYTES = 20 * 1024
 THUMBNAIL_SIDE = 128
@@ -182,8 +184,8 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float
     configs = {c: {name: getattr(config, name) for name in CONFIG_FIELDS} for c, config in adapter.configs.items()}
     info = adapter.info.to_json()
     info.setdefault("date", datetime.now(UTC).isoformat(timespec="seconds"))
-    header = {"config": configs, "shapes": shapes, "info": info}
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "s2ft": json.dumps(header, sort_keys=True)}
+    header = {"format_version": FORMAT_VERSION, "config": configs, "shapes": shapes, "info": info}
+    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -202,8 +204,10 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 def _encode(layer: LayerWeights, dtype: type) -> dict[str, np.ndarray]:
     flat = layer.positions.long()[:, 0] * layer.shape[1] + layer.positions.long()[:, 1]
     flat, sequence = flat.sort()
+    with np.errstate(over="ignore"):  # what does not fit is refused by name
+        coefficients = layer.coefficients[sequence].float().numpy().astype(dtype)
     return {
-        "coefficients": layer.coefficients[sequence].float().numpy().astype(dtype),
+        "coefficients": coefficients,
         "positions": _narrow(np.diff(flat.numpy(), prepend=0)),
         "row_order": _narrow(layer.row_order.numpy()),
         "column_order": _narrow(layer.column_order.numpy()),
@@ -272,17 +276,14 @@ def _open(path: str | os.PathLike) -> safe_open:
 
 
 def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    metadata = metadata or {}
-    if metadata.get("format") != FORMAT:
-        raise AdapterFileError(
-            f"{path}: not an S2FT adapter: its header says format={metadata.get('format')!r}, expected {FORMAT!r}."
-        )
-    if metadata.get("format_version") != str(FORMAT_VERSION):
-        raise AdapterFileError(
-            f"{path}: format version {metadata.get('format_version')!r}; this release reads {FORMAT_VERSION}."
-        )
+    if METADATA_KEY not in (metadata or {}):
+        raise AdapterFileError(f"{path}: not an S2FT adapter: its header has no {METADATA_KEY!r} entry.")
     try:
-        header = json.loads(metadata["s2ft"])
+        header = json.loads(metadata[METADATA_KEY])
+        if header.get("format_version") != FORMAT_VERSION:
+            raise AdapterFileError(
+                f"{path}: format version {header.get('format_version')!r}; this release reads {FORMAT_VERSION}."
+            )
         if set(header["config"]) != set(header["shapes"]) or not header["shapes"]:
             raise ValueError("config and shapes name different components")
         for component, shapes in header["shapes"].items():
@@ -293,6 +294,8 @@ def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict
             for name, shape in shapes.items():
                 if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
                     raise ValueError(f"{component}.{name} has shape {shape}")
+    except AdapterFileError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise AdapterFileError(f"{path}: the header is damaged ({error}).") from None
     return header

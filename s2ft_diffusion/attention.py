@@ -10,8 +10,8 @@ from torch import nn
 Targets = Literal["qv", "attention"]
 
 # Projection names of diffusers' and transformers' attention modules, by what they make.
-_QUERY_AND_VALUE = ("to_q", "to_v", "q_proj", "v_proj", "add_q_proj", "add_v_proj")
-_KEY_AND_OUTPUT = ("to_k", "to_out.0", "k_proj", "out_proj", "add_k_proj", "to_add_out")
+_QUERY_AND_VALUE = ("to_q", "to_v", "q_proj", "v_proj", "query", "value", "add_q_proj", "add_v_proj")
+_KEY_AND_OUTPUT = ("to_k", "to_out.0", "k_proj", "out_proj", "key", "add_k_proj", "to_add_out")
 
 
 def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
@@ -53,6 +53,6 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return any(_is_linear(_submodule(module, name)) for name in ("to_q", "q_proj")) and any(
-        _is_linear(_submodule(module, name)) for name in ("to_v", "v_proj")
+    return any(_is_linear(_submodule(module, name)) for name in ("to_q", "q_proj", "query")) and any(
+        _is_linear(_submodule(module, name)) for name in ("to_v", "v_proj", "value")
     )

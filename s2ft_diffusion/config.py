@@ -96,7 +96,8 @@ class S2FTConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        for name, value in {"n_frequency": self.n_frequency, **self.n_frequency_pattern}.items():
+        pattern = {f"n_frequency_pattern[{name!r}]": value for name, value in self.n_frequency_pattern.items()}
+        for name, value in {"n_frequency": self.n_frequency, **pattern}.items():
             if isinstance(value, bool) or value <= 0 or (isinstance(value, float) and value >= 1):
                 raise ValueError(f"{name} must be an int of at least 1 or a share above 0 and below 1, got {value!r}.")
         if self.gamma < 0:

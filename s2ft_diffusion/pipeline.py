@@ -69,7 +69,7 @@ def load_s2ft_weights(
         config: the adapter's config, for a state dict.
         weight_name, subfolder, revision, token: which file of a folder or repository, as in `load_lora_weights`.
 
-    The first S2FT adapter of a pipeline is active at once; activate several with `set_adapters`.
+    The adapter loaded last is the active one, as with `load_lora_weights`; activate several with `set_adapters`.
 
     Everything is checked before anything changes. Raises AdapterFileError (a ValueError) for a file that is damaged,
     or made for another base model; ValueError for a name in use; OSError for a repository that cannot be reached.

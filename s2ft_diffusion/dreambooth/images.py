@@ -47,7 +47,7 @@ def load_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {error}") from None
     except (OSError, SyntaxError, ValueError) as error:
-        kind = "a truncated image" if "truncated" in str(error) else "not a readable image"
+        kind = "a truncated image" if "truncated" in str(error).lower() else "not a readable image"
         raise InputError(f"{path}: {kind} ({error}).") from None
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)

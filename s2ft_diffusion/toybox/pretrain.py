@@ -108,7 +108,7 @@ class Steps:
     text: int = 800
     scenes: int = 40_000
     unet: int = 9000
-    decay: int = 3000
+    decay: int = 2000
 
 
 class Stage:
@@ -371,6 +371,10 @@ def save_base(
     )
     pipeline.to("cpu", torch.float16).to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers loads in the type that the config names; half precision is for storage alone.
+    config_path = folder / "text_encoder" / "config.json"
+    config = json.loads(config_path.read_text())
+    config_path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
 def pretrain(work_dir: Path, base_dir: Path, plan: Steps, device: torch.device) -> None:

@@ -1,0 +1,257 @@
+"""The adapter file: what is written comes back, and nothing else is believed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from s2ft_diffusion import S2FTConfig
+from s2ft_diffusion.adapter_file import (
+    THUMBNAIL_BYTES,
+    WEIGHTS_NAME,
+    Adapter,
+    AdapterFileError,
+    AdapterInfo,
+    LayerWeights,
+    make_thumbnail,
+    read_adapter,
+    read_info,
+    write_adapter,
+)
+from s2ft_diffusion.rearrange import find_rearrangement
+from s2ft_diffusion.spectrum import count_positions, sample_positions
+
+
+def make_layer(shape=(24, 17), n_frequency=60, kind="complex", seed=0) -> LayerWeights:
+    generator = torch.Generator().manual_seed(seed)
+    count = count_positions(n_frequency, shape, kind)
+    positions = sample_positions(count, shape, kind=kind, sampling="random", generator=generator)
+    found = find_rearrangement(torch.randn(shape, generator=generator), signs=True, generator=generator)
+    size = (count, 2) if kind == "complex" else (count,)
+    return LayerWeights(
+        shape,
+        torch.randn(size, generator=generator),
+        positions,
+        found.row_order,
+        found.column_order,
+        found.row_sign,
+        found.column_sign,
+    )
+
+
+def make_adapter(kind="complex") -> Adapter:
+    layers = {"blocks.0.to_q": make_layer(kind=kind), "blocks.0.to_v": make_layer((9, 30), kind=kind, seed=1)}
+    info = AdapterInfo("toybox", "a photo of sks cat", "cat", "cat", "2026-01-01", {"steps": 3, "loss": 0.5})
+    config = S2FTConfig(n_frequency=60, coefficients=kind, signs=True)
+    return Adapter({"unet": config}, {"unet": layers}, info)
+
+
+@pytest.mark.parametrize("kind", ["complex", "real"])
+def test_round_trip(tmp_path, kind) -> None:
+    adapter = make_adapter(kind)
+    adapter.info.thumbnail = make_thumbnail(Image.new("RGB", (64, 64), "red"))
+    path = tmp_path / WEIGHTS_NAME
+    assert write_adapter(path, adapter) == path.stat().st_size
+    read = read_adapter(path)
+    assert read.info == adapter.info
+    assert read.configs["unet"].coefficients == kind
+    for name, layer in adapter.layers["unet"].items():
+        other = read.layers["unet"][name]
+        assert other.shape == layer.shape
+        for key, tensor in layer.tensors().items():
+            assert torch.equal(other.tensors()[key], tensor), key
+            assert other.tensors()[key].dtype == tensor.dtype
+    assert read.trainable == 120
+    data = path.read_bytes()
+    for _ in range(5):  # equal adapters, equal files
+        write_adapter(path, adapter)
+        assert path.read_bytes() == data
+    assert [p.name for p in tmp_path.iterdir()] == [WEIGHTS_NAME]
+
+
+def test_half_precision(tmp_path) -> None:
+    adapter = make_adapter()
+    write_adapter(tmp_path / "a", adapter, "float16")
+    got = read_adapter(tmp_path / "a").layers["unet"]["blocks.0.to_q"].coefficients
+    assert torch.equal(got, adapter.layers["unet"]["blocks.0.to_q"].coefficients.half().float())
+    adapter.layers["unet"]["blocks.0.to_q"].coefficients[0] = 1e6
+    with pytest.raises(ValueError, match=r"to_q.*float16"):
+        write_adapter(tmp_path / "b", adapter, "float16")
+    with pytest.raises(ValueError, match="int8"):
+        write_adapter(tmp_path / "b", adapter, "int8")
+    assert not (tmp_path / "b").exists()
+
+
+def test_header_alone_tells_a_gallery_everything(tmp_path) -> None:
+    adapter = make_adapter()
+    noise = np.random.default_rng(0).integers(0, 256, (400, 300, 3), dtype=np.uint8)
+    adapter.info.thumbnail = make_thumbnail(Image.fromarray(noise))
+    assert len(adapter.info.thumbnail) <= THUMBNAIL_BYTES
+    write_adapter(tmp_path / "a", adapter)
+    info, rest = read_info(tmp_path / "a")
+    assert info == adapter.info
+    assert rest["shapes"]["unet"]["blocks.0.to_q"] == [24, 17]
+    assert rest["config"]["unet"]["n_frequency"] == 60
+
+
+def test_size_and_reading_time_at_stable_diffusion_scale(tmp_path) -> None:
+    """8,000 real numbers a layer, complex, the 64 query and value layers of SD 1.5, fp16: 2.2 MB and 0.3 s at most."""
+    layers = {}
+    for width, blocks in ((320, 5), (640, 5), (1280, 6)):
+        square, cross = make_layer((width, width), 8000), make_layer((width, 768), 8000, seed=1)
+        for block in range(blocks):
+            for name, layer in (("a.q", square), ("a.v", square), ("b.q", square), ("b.v", cross)):
+                layers[f"down_blocks.{width}.attentions.{block}.transformer_blocks.0.attn_{name}"] = layer
+    assert len(layers) == 64
+    adapter = Adapter({"unet": S2FTConfig()}, {"unet": layers})
+    assert adapter.trainable == 512_000
+    size = write_adapter(tmp_path / "a", adapter, "float16")
+    assert size <= 2_200_000
+    read_adapter(tmp_path / "a")
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        read_adapter(tmp_path / "a")
+        times.append(time.perf_counter() - begun)
+    assert min(times) < 0.3
+
+
+# Damage --------------------------------------------------------------------------------------------------------------
+
+
+def contents(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    with safe_open(path, "np") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def rewrite(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    path.write_bytes(save(tensors, metadata=metadata))
+
+
+@pytest.fixture
+def written(tmp_path) -> Path:
+    path = tmp_path / "adapter.safetensors"
+    write_adapter(path, make_adapter())
+    return path
+
+
+def refused(path: Path, match: str) -> None:
+    with pytest.raises(AdapterFileError, match=match) as caught:
+        read_adapter(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated(written, keep) -> None:
+    data = written.read_bytes()
+    written.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    refused(written, "not a complete safetensors file")
+
+
+def test_other_files(tmp_path, written) -> None:
+    refused(tmp_path / "nothing", "no such file")
+    (tmp_path / "pickle.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    refused(tmp_path / "pickle.bin", "not a complete safetensors")
+    rewrite(written, {"lora_A": np.zeros(3, np.float32)}, {"format": "pt"})
+    refused(written, "not an S2FT adapter")
+
+
+def test_version(written) -> None:
+    tensors, metadata = contents(written)
+    rewrite(written, tensors, {"s2ft": json.dumps({**json.loads(metadata["s2ft"]), "format_version": 99})})
+    refused(written, "format version 99")
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "match"),
+    [
+        ("positions", lambda a: np.zeros_like(a), "repeated"),
+        ("positions", lambda a: a.astype(np.uint32) + 2**20, "outside"),
+        ("positions", lambda a: a.astype(np.int32), "type int32"),
+        ("positions", lambda a: a[:-1], "coefficients have shape"),
+        ("positions", lambda a: a[:0], "positions have shape"),
+        ("coefficients", lambda a: np.where(np.arange(a.size).reshape(a.shape) == 3, np.nan, a), "NaN"),
+        ("coefficients", lambda a: np.where(np.arange(a.size).reshape(a.shape) == 3, np.inf, a), "NaN or inf"),
+        ("coefficients", lambda a: a.astype(np.float64), "type float64"),
+        ("coefficients", lambda a: a[:, 0].copy(), "shape"),
+        ("row_order", lambda a: np.zeros_like(a), "no permutation"),
+        ("row_order", lambda a: a[:-1], "no permutation"),
+        ("column_order", lambda a: a + 1, "no permutation"),
+        ("row_sign", lambda a: a[:-1], "signs"),
+        ("column_sign", lambda a: a | 1, "past its end"),
+        ("column_sign", lambda a: a.astype(np.uint16), "signs"),
+    ],
+)
+def test_damaged_tensors(written, key, change, match) -> None:
+    tensors, metadata = contents(written)
+    name = f"unet.blocks.0.to_q.{key}"
+    tensors[name] = np.ascontiguousarray(change(tensors[name]))
+    if tensors[name].dtype == np.float64 and "float64" not in match:
+        tensors[name] = tensors[name].astype(np.float32)
+    rewrite(written, tensors, metadata)
+    refused(written, rf"to_q: .*{match}")
+
+
+def test_a_mirror_is_a_repeat(written) -> None:
+    tensors, metadata = contents(written)
+    flat = tensors["unet.blocks.0.to_q.positions"].astype(np.int64).cumsum()
+    u, v = flat[5] // 17, flat[5] % 17
+    flat[6] = (-u % 24) * 17 + (-v % 17)
+    tensors["unet.blocks.0.to_q.positions"] = np.diff(np.sort(flat), prepend=0).astype(np.uint16)
+    rewrite(written, tensors, metadata)
+    refused(written, "a mirror counts")
+
+
+def test_missing_and_extra_keys(written) -> None:
+    tensors, metadata = contents(written)
+    one = tensors.pop("unet.blocks.0.to_v.row_sign")
+    rewrite(written, tensors, metadata)
+    refused(written, "missing.*to_v.row_sign")
+    rewrite(written, {**tensors, "unet.blocks.0.to_v.row_sign": one, "unet.blocks.9.evil": one}, metadata)
+    refused(written, "do not belong.*evil")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda h: h.pop("shapes"), "header is damaged"),
+        (lambda h: h["shapes"].update(vae={"x": [1, 1]}), "damaged"),
+        (lambda h: h["shapes"]["unet"].update({"blocks.0.to_q": [24, -1]}), "damaged"),
+        (lambda h: h["shapes"]["unet"].update({"blocks.0.to_q": [24, 18]}), "to_q"),
+        (lambda h: h["config"]["unet"].update(norm="forward"), "config of unet is damaged"),
+        (lambda h: h["config"]["unet"].update(__class__="os"), "unknown fields"),
+        (lambda h: h["info"].update(subject=["cat"]), "damaged"),
+        (lambda h: h["info"].update(thumbnail="%%%"), "damaged"),
+    ],
+)
+def test_damaged_header(written, change, match) -> None:
+    tensors, metadata = contents(written)
+    header = json.loads(metadata["s2ft"])
+    change(header)
+    rewrite(written, tensors, {**metadata, "s2ft": json.dumps(header)})
+    refused(written, match)
+
+
+def test_header_that_is_no_json(written) -> None:
+    tensors, metadata = contents(written)
+    rewrite(written, tensors, {**metadata, "s2ft": "{"})
+    refused(written, "header is damaged")
+    rewrite(written, tensors, {**metadata, "s2ft": "[" * 100_000})
+    refused(written, "header is damaged")
+
+
+def test_thumbnail_survives_base64(written) -> None:
+    _, metadata = contents(written)
+    assert "thumbnail" not in json.loads(metadata["s2ft"])["info"]
+    info = AdapterInfo(thumbnail=b"\x00\xff")
+    assert base64.b64decode(info.to_json()["thumbnail"]) == b"\x00\xff"
+    assert AdapterInfo.from_json(info.to_json()) == info

@@ -1,0 +1,153 @@
+"""Any image a person has, and draws that depend on nothing but the sample's number."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from s2ft_diffusion.dreambooth.draws import DrawStream, process_slots, replayed
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import SquareImages, find_images, load_image
+
+
+def half_and_half(mode: str = "RGB") -> Image.Image:
+    """Left half red, right half blue."""
+    array = np.zeros((40, 60, 3), np.uint8)
+    array[:, :30] = (255, 0, 0)
+    array[:, 30:] = (0, 0, 255)
+    return Image.fromarray(array).convert(mode)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff"])
+def test_formats(tmp_path, suffix) -> None:
+    path = tmp_path / f"a.{suffix}"
+    half_and_half().save(path)
+    image = load_image(path)
+    assert image.mode == "RGB"
+    assert image.getpixel((5, 20))[0] > 200
+    assert image.getpixel((55, 20))[2] > 200
+
+
+def test_exif_rotation(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees to see it upright
+    half_and_half().save(tmp_path / "a.jpg", exif=exif)
+    image = load_image(tmp_path / "a.jpg")
+    assert image.size == (40, 60)
+    assert image.getpixel((20, 5))[0] > 200
+
+
+def test_palette_alpha_and_gray(tmp_path) -> None:
+    half_and_half("P").save(tmp_path / "p.png")
+    assert load_image(tmp_path / "p.png").getpixel((5, 5))[0] > 200
+    clear = half_and_half("RGBA")
+    clear.putalpha(Image.fromarray(np.where(np.arange(60) < 30, 0, 255).astype(np.uint8)[None].repeat(40, 0)))
+    clear.save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png")
+    assert image.getpixel((5, 5)) == (255, 255, 255)
+    assert image.getpixel((55, 5)) == (0, 0, 255)
+    palette = half_and_half("P")
+    palette.info["transparency"] = palette.getpixel((5, 5))
+    palette.save(tmp_path / "t.png", transparency=palette.getpixel((5, 5)))
+    assert load_image(tmp_path / "t.png").getpixel((5, 5)) == (255, 255, 255)
+
+
+def test_sixteen_bits(tmp_path) -> None:
+    ramp = np.linspace(0, 65535, 60).astype(np.uint16)[None].repeat(40, 0)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png")
+    values = np.asarray(image)[0, :, 0].astype(int)
+    assert values[0] == 0
+    assert values[-1] == 255
+    assert abs(values[30] - 130) < 4
+
+
+def test_hidden_files_and_folders_are_ignored_with_a_line(tmp_path, caplog) -> None:
+    half_and_half().save(tmp_path / "a.png")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "more").mkdir()
+    with caplog.at_level(logging.INFO):
+        assert [p.name for p in find_images(tmp_path)] == ["a.png"]
+    assert ".DS_Store, more" in caplog.text
+
+
+def test_bad_files_are_named(tmp_path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        find_images(tmp_path / "nothing")
+    with pytest.raises(InputError, match="no images in it"):
+        find_images(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match=r"notes\.txt: not a readable image"):
+        load_image(tmp_path / "notes.txt")
+    half_and_half().save(tmp_path / "a.jpg", quality=95)
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"a\.jpg: a truncated image"):
+        load_image(tmp_path / "a.jpg")
+
+
+def test_crops(tmp_path) -> None:
+    half_and_half().save(tmp_path / "a.png")
+    images = SquareImages([tmp_path / "a.png"], 32, center_crop=False)
+    assert not images.fixed
+    left, right = images.crop(0, (0.0, 0.0)), images.crop(0, (0.0, 0.999))
+    assert left.shape == (3, 32, 32)
+    assert left[0].mean() > right[0].mean()
+    assert torch.equal(images.crop(0, flip=True), images.crop(0).flip(-1))
+    middle = SquareImages([tmp_path / "a.png"], 32, center_crop=True)
+    assert middle.fixed
+    assert torch.equal(middle.crop(0, (0.0, 0.0)), middle.crop(0, (0.9, 0.9)))
+    assert float(left.min()) >= -1
+    assert float(left.max()) <= 1
+
+
+def stream(**options) -> DrawStream:
+    return DrawStream(
+        **{"name": "instance", "seed": 0, "count": 5, "latent_shape": (4, 2, 2), "random_flip": True, **options}
+    )
+
+
+def test_a_draw_depends_on_its_number_alone() -> None:
+    a, b = stream(), stream()
+    later = [b.sample(n) for n in (7, 3, 11)]
+    for number, draw in zip((7, 3, 11), later, strict=True):
+        again = a.sample(number)
+        assert (again.image, again.time, again.flip, again.place) == (draw.image, draw.time, draw.flip, draw.place)
+        assert torch.equal(again.noise, draw.noise)
+        assert not torch.equal(again.noise, again.posterior_noise)
+    assert not torch.equal(a.sample(0).noise, a.sample(1).noise)
+    assert not torch.equal(a.sample(0).noise, stream(seed=1).sample(0).noise)
+    assert not torch.equal(a.sample(0).noise, stream(name="class").sample(0).noise)
+
+
+def test_every_image_once_an_epoch_in_changing_order() -> None:
+    epochs = [[stream().sample(e * 5 + i).image for i in range(5)] for e in range(6)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_estimate_draws_are_stratified() -> None:
+    draws = stream().stratified(8)
+    assert sorted(int(draw.time * 40) for draw in draws) == list(range(40))
+    assert sorted(draw.image for draw in draws) == sorted(list(range(5)) * 8)
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "processes"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_layouts_share_out_the_same_samples(batch, accumulation, processes) -> None:
+    numbers = [
+        number
+        for step in range(3)
+        for micro in range(accumulation)
+        for rank in range(processes)
+        for number in process_slots(step, micro, batch, accumulation, processes, rank)
+    ]
+    assert numbers == list(range(6))
+
+
+def test_last_tenth_repeats_the_first() -> None:
+    assert [replayed(step, 20) for step in (0, 1, 2, 17, 18, 19)] == [0, 1, 2, 17, 0, 1]
+    assert [replayed(step, 5) for step in range(5)] == list(range(5))

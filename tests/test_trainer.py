@@ -1,0 +1,326 @@
+"""The trainer by its command line, on the embedded base."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import train_dreambooth_s2ft as recipe
+from s2ft_diffusion.adapter_file import WEIGHTS_NAME, read_adapter
+from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
+from s2ft_diffusion.dreambooth.errors import InputError
+from tests.conftest import ROOT, SHARED, generate
+
+ENVIRONMENT = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1"}
+
+
+def arguments(photos: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "--pretrained_model_name_or_path", "toybox", "--instance_dir", str(photos), "--output_dir", str(output),
+        "--n_frequency", "200", "--estimate_draws", "1", "--report_to", "none", *more,
+    ]  # fmt: skip
+
+
+def run(photos: Path, output: Path, *more: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, output, *more)]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def train_here(photos: Path, output: Path, *more: str) -> Path:
+    """Run the recipe in this process; returns the adapter's path."""
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    PartialState._reset_state()
+    recipe.main(arguments(photos, output, *more))
+    return output / WEIGHTS_NAME
+
+
+def test_end_to_end(photos, tmp_path, pipe) -> None:
+    output = tmp_path / "out"
+    done = run(photos, output, "--max_train_steps", "20", "--validation_prompt", "a photo of sks dog",
+               "--num_validation_images", "1", "--validation_epochs", "4")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line in ("'a photo of sks my dog'", "load: ", "estimate: ", "rearrange: ", "train: 20 steps", "validate: ",
+                 "save: ", "pipe.load_s2ft_weights("):  # fmt: skip
+        assert line in done.stdout
+    adapter = read_adapter(output / WEIGHTS_NAME)
+    assert adapter.trainable == 28 * 200
+    assert adapter.info.instance_prompt == "a photo of sks my dog"
+    assert adapter.info.date == "2023-11-14"
+    assert adapter.info.thumbnail is not None
+    report = json.loads((output / "training.json").read_text())
+    assert report["adapter_bytes"] == (output / WEIGHTS_NAME).stat().st_size
+    assert report["share"] == adapter.trainable / sum(p.numel() for p in pipe.unet.parameters())
+    assert report["loss_last"] < report["loss_first"]
+    assert sorted(p.name for p in (output / "validation").iterdir()) == ["final-0.png", "step-000012.png".replace(
+        ".png", "-0.png")]  # fmt: skip
+    assert "instance_prompt: a photo of sks my dog" in (output / "README.md").read_text()
+    base = generate(pipe)
+    snippet = done.stdout.split("Load it with:\n")[1].split("\nsave: ")[0].replace(".images[0]", "")
+    scope: dict = {}
+    exec(snippet.replace('pipe("', '_ = ("'), scope)  # its pipeline, without the 50 steps
+    assert not torch.equal(generate(scope["pipe"]), base)
+
+
+def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> None:
+    flags = ("--max_train_steps", "12", "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2",
+             "--lr_scheduler", "cosine", "--random_flip", "--checkpoints_total_limit", "2")  # fmt: skip
+    assert run(photos, tmp_path / "whole", *flags).returncode == 0
+    killed = tmp_path / "killed"
+    for step in (2, 6, 10):
+        resume = ("--resume_from_checkpoint", "latest")
+        command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, killed, *flags, *resume)]
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.time() + 120
+        while not (killed / f"checkpoint-{step}").exists() and time.time() < deadline and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(0.07 * step / 2)  # somewhere in the steps after it, or in writing the next checkpoint
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert (killed / f"checkpoint-{step}").exists()
+    done = run(photos, killed, *flags, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from" in done.stdout
+    assert "estimate: " not in done.stdout  # order and positions are the checkpoint's
+    assert (killed / WEIGHTS_NAME).read_bytes() == (tmp_path / "whole" / WEIGHTS_NAME).read_bytes()
+    assert len(list(killed.glob("checkpoint-*"))) == 2
+
+
+def test_control_c_saves_a_checkpoint(photos, tmp_path) -> None:
+    flags = ("--max_train_steps", "5000", "--checkpointing_steps", "5000")
+    command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, tmp_path / "out", *flags)]
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    seen = ""
+    while "loss=" not in seen:
+        seen += child.stderr.read(50)
+        assert child.poll() is None, seen
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "--resume_from_checkpoint latest" in errors
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert read_adapter(checkpoint / WEIGHTS_NAME).trainable == 28 * 200
+
+
+def test_two_processes_equal_one(photos, tmp_path) -> None:
+    """All ranks hold the same adapter, and two processes with batch 1 train what one trains with batch 2."""
+    flags = ("--max_train_steps", "4", "--learning_rate", "1e-3", "--train_text_encoder")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+               "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "tests/two_processes.py",
+               str(tmp_path), *arguments(photos, tmp_path / "two", *flags)]  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "rank0").read_bytes() == (tmp_path / "rank1").read_bytes()
+    one = read_adapter(train_here(photos, tmp_path / "one", *flags, "--train_batch_size", "2"))
+    two = read_adapter(tmp_path / "two" / WEIGHTS_NAME)
+    assert set(one.layers) == {"unet", "text_encoder"}
+    moved = 0.0
+    for component, layers in one.layers.items():
+        for name, layer in layers.items():
+            other = two.layers[component][name]
+            assert torch.equal(other.positions, layer.positions), name
+            assert torch.equal(other.row_order, layer.row_order), name
+            torch.testing.assert_close(other.coefficients, layer.coefficients, rtol=1e-2, atol=2e-5)
+            moved = max(moved, float(layer.coefficients.abs().max()))
+    assert moved > 1e-3
+
+
+def test_prior_preservation(photos, tmp_path) -> None:
+    classes = tmp_path / "classes"
+    more = ("--max_train_steps", "2", "--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt",
+            "a photo of a dog", "--num_class_images", "3", "--sample_batch_size", "2")  # fmt: skip
+    with_classes = read_adapter(train_here(photos, tmp_path / "a", *more))
+    names = sorted(p.name for p in classes.iterdir())
+    assert names == ["class-00000.png", "class-00001.png", "class-00002.png"]
+    stamps = [p.stat().st_mtime_ns for p in sorted(classes.iterdir())]
+    (classes / names[1]).unlink()
+    train_here(photos, tmp_path / "b", *more)  # only what is missing is made
+    assert [p.stat().st_mtime_ns for p in sorted(classes.iterdir())][::2] == stamps[::2]
+    without = read_adapter(train_here(photos, tmp_path / "c", "--max_train_steps", "2"))
+    for name, layer in without.layers["unet"].items():
+        other = with_classes.layers["unet"][name]
+        assert torch.equal(layer.positions, other.positions)  # the prior uses instance images only
+    assert any(
+        not torch.equal(layer.coefficients, with_classes.layers["unet"][name].coefficients)
+        for name, layer in without.layers["unet"].items()
+    )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--preset", "paper"),
+        ("--estimate", "full", "--estimate_draws", "2"),
+        ("--mixed_precision", "bf16", "--gradient_checkpointing"),
+        ("--snr_gamma", "5.0", "--lr_scheduler", "cosine", "--lr_warmup_steps", "1"),
+        ("--targets", "attention", "--adapter_dtype", "float16", "--rearrange", "none", "--sampling", "low_frequency"),
+        (
+            "--n_frequency",
+            "0.02",
+            "--signs",
+            "no",
+            "--refine",
+            "none",
+            "--distance",
+            "euclidean",
+            "--coefficients",
+            "real",
+        ),
+        ("--num_train_epochs", "1", "--scale_lr", "--center_crop", "--resolution", "32"),
+    ],
+    ids=lambda more: more[0].strip("-") + "-" + more[1],
+)
+def test_options_run(photos, tmp_path, more) -> None:
+    steps = () if "--num_train_epochs" in more else ("--max_train_steps", "2")
+    adapter = read_adapter(train_here(photos, tmp_path / "out", *steps, *more))
+    assert any(bool(layer.coefficients.any()) for layer in adapter.layers["unet"].values())
+
+
+def test_same_seed_same_file_other_seed_other_file(photos, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    files = [
+        train_here(photos, tmp_path / name, "--max_train_steps", "2", "--seed", seed).read_bytes()
+        for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))
+    ]
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch) -> None:
+    calls = []
+
+    class Breaking(recipe.DiffusionLoss):
+        def __call__(self, samples):
+            calls.append(1)
+            value = super().__call__(samples)
+            return value * float("nan") if len(calls) > 3 + 4 else value  # 3 estimate draws, 4 good steps
+
+    monkeypatch.setattr(recipe, "DiffusionLoss", Breaking)
+    with pytest.raises(recipe.Diverged, match=r"nan at step 5.*checkpoint-4"):
+        train_here(photos, tmp_path / "out", "--max_train_steps", "9", "--checkpointing_steps", "2")
+    assert read_adapter(tmp_path / "out" / "checkpoint-4" / WEIGHTS_NAME).trainable == 28 * 200
+    assert not (tmp_path / "out" / WEIGHTS_NAME).exists()
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+def bad(photos: Path, output: Path, *more: str) -> str:
+    """The message with which the recipe refuses, before it loads a model."""
+    loaded = []
+    before = recipe.load_base
+    recipe.load_base = lambda *args: loaded.append(1)
+    try:
+        with pytest.raises(InputError) as caught:
+            train_here(photos, output, *more)
+    finally:
+        recipe.load_base = before
+    assert not loaded
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_bad_input_is_one_line_and_exit_code_two(photos, tmp_path) -> None:
+    for folder in (tmp_path / "nothing", tmp_path):
+        done = run(folder, tmp_path / "out")
+        assert done.returncode == 2
+        assert done.stderr.startswith("train_dreambooth_s2ft.py: error: ")
+        assert done.stderr.count("\n") == 1
+    done = run(photos, tmp_path / "out", "--no_such_flag")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_refuses_images(photos, tmp_path) -> None:
+    (photos / "9.jpg").write_bytes(b"not an image")
+    assert "9.jpg" in bad(photos, tmp_path / "out")
+
+
+def test_refuses_output_folders(photos, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be written" in bad(photos, tmp_path / "file" / "out")
+    train_here(photos, tmp_path / "out", "--max_train_steps", "1", "--checkpointing_steps", "1")
+    message = bad(photos, tmp_path / "out", "--max_train_steps", "2")
+    assert "--resume_from_checkpoint latest" in message
+    assert "--overwrite_output_dir" in message
+    more = ("--resume_from_checkpoint", "latest", "--seed", "5", "--n_frequency", "100")
+    assert "--seed 5 (was 0)" in bad(photos, tmp_path / "out", *more)
+    assert "no checkpoint" in bad(photos, tmp_path / "out", "--resume_from_checkpoint", "checkpoint-77")
+    train_here(photos, tmp_path / "out", "--max_train_steps", "1", "--overwrite_output_dir")
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (("--n_frequency", "40000"), "unet."),
+        (("--resolution", "60"), "multiple of 16"),
+        (("--pretrained_model_name_or_path", "/no/such/folder"), "toybox"),
+        (("--pretrained_model_name_or_path", "someone/no-such-model"), "--pretrained_model_name_or_path FOLDER"),
+        (("--with_prior_preservation",), "--class_data_dir"),
+        (("--class_prompt", "a dog"), "--with_prior_preservation"),
+        (("--train_text_encoder", "--pre_compute_text_embeddings"), "contradict"),
+        (("--resume_from_checkpoint", "latest", "--overwrite_output_dir"), "contradict"),
+        (("--max_train_steps", "5", "--num_train_epochs", "2"), "contradict"),
+        (("--max_train_steps", "0"), "at least 1"),
+        (("--learning_rate", "-1"), "above 0"),
+        (("--use_8bit_adam",), "pip install bitsandbytes"),
+        (("--enable_xformers_memory_efficient_attention",), "pip install xformers"),
+        (("--report_to", "carrier_pigeon"), "report_to"),
+        (("--n_frequency", "1.5"), "n_frequency"),
+    ],
+    ids=lambda value: value[0].strip("-") if isinstance(value, tuple) else "",
+)
+def test_refuses_flags(photos, tmp_path, more, match) -> None:
+    assert match in bad(photos, tmp_path / "out", *more)
+
+
+def test_the_default_base_is_named_with_the_ways_out(photos, tmp_path) -> None:
+    command = ["--instance_dir", str(photos), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(InputError, match="toybox") as caught:
+        recipe.main(command)
+    assert "stable-diffusion-v1-5" in str(caught.value)
+
+
+def test_diffusers_spelling_of_the_folder(photos) -> None:
+    assert parse_arguments(["--instance_data_dir", str(photos)]).instance_dir == str(photos)
+    flags = {option for action in build_parser()._actions for option in action.option_strings}
+    theirs = """instance_data_dir class_data_dir instance_prompt class_prompt validation_prompt num_validation_images
+    validation_epochs with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution center_crop
+    train_text_encoder train_batch_size sample_batch_size num_train_epochs max_train_steps checkpointing_steps
+    checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate
+    scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay
+    adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir allow_tf32 report_to mixed_precision
+    prior_generation_precision enable_xformers_memory_efficient_attention pre_compute_text_embeddings
+    tokenizer_max_length pretrained_model_name_or_path revision variant""".split()
+    assert {f"--{name}" for name in theirs} <= flags
+
+
+@pytest.mark.skipif(not (SHARED / "dreambooth" / "cat").is_dir(), reason="needs the real photos beside the project")
+def test_real_photos(tmp_path, pipe) -> None:
+    output = tmp_path / "cat"
+    path = train_here(SHARED / "dreambooth" / "cat", output, "--max_train_steps", "40", "--train_batch_size", "4")
+    report = json.loads((output / "training.json").read_text())
+    assert report["loss_last"] < report["loss_first"]
+    base = generate(pipe)
+    pipe.load_s2ft_weights(path)
+    assert not torch.equal(generate(pipe), base)
