@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.log({"loss": mean, "lr": scheduler.get_last_lr()[0]}, step=state.step)
             bar.set_postfix(loss=f"{mean:.4f}", lr=f"{scheduler.get_last_lr()[0]:.1e}")
             bar.update()
-            stop = accelerator.reduce(torch.tensor(float(interrupted())), "sum").item() > 0
+            asked = torch.tensor(float(interrupted()), device=accelerator.device)
+            stop = accelerator.reduce(asked, "sum").item() > 0  # every process stops at the same step
             if stop or state.step % args.checkpointing_steps == 0:
                 saved = checkpoints.save(state)
                 if stop:
@@ -252,14 +253,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     with phases("save") as say:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            bar = tqdm(total=2 + args.push_to_hub, desc="save")
             adapter = collect_adapter(components, ADAPTER, describe(args, facts, images))
             path = output_dir / WEIGHTS_NAME
             size = write_adapter(path, adapter, args.adapter_dtype)
+            bar.update()
             write_model_card(output_dir, args, adapter, size, facts["share"])
             report = {**facts, "seconds": phases.seconds, "adapter": str(path), "adapter_bytes": size}
             (output_dir / "training.json").write_text(json.dumps(report, indent=2))
+            bar.update()
             if args.push_to_hub:
                 say(f"uploaded to {push(output_dir, args)}")
+                bar.update()
+            bar.close()
             say(f"{path}, {size:,} bytes, {numbers:,} trainable numbers, {facts['share']:.3%} of the denoiser")
             snippet = usage_snippet(args.pretrained_model_name_or_path, str(path), args.instance_prompt)
             logger.info("Load it with:\n%s", snippet.strip().removeprefix("```python\n").removesuffix("\n```"))
@@ -356,7 +362,7 @@ class Validation:
         args = self.args
         self.base.vae.to(self.accelerator.device)
         pipeline = self.base.pipeline(self.plan.location)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(desc="validate", leave=False)
         with self.accelerator.autocast():
             images = pipeline(
                 [args.validation_prompt] * args.num_validation_images,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import PartialState, init_empty_weights
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .. import toybox
@@ -108,24 +108,22 @@ class Base:
 
 def load_base(plan: BasePlan, args: argparse.Namespace) -> Base:
     """Load the models in float32, in evaluation mode, with no parameter trainable."""
-    options: dict[str, Any] = {"torch_dtype": torch.float32}
-    if plan.name != TOYBOX:
-        options |= {"revision": args.revision, "variant": args.variant}
-    try:
-        unet = UNet2DConditionModel.from_pretrained(plan.location, subfolder="unet", **options)
-        vae = AutoencoderKL.from_pretrained(plan.location, subfolder="vae", **options)
-        options["dtype"] = options.pop("torch_dtype")
-        text_encoder = CLIPTextModel.from_pretrained(plan.location, subfolder="text_encoder", **options)
-        tokenizer = CLIPTokenizer.from_pretrained(
-            plan.location, subfolder="tokenizer", **({"revision": args.revision} if plan.name != TOYBOX else {})
-        )
-        scheduler = DDPMScheduler.from_pretrained(plan.location, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        raise InputError(f"The base model {plan.name!r} cannot be loaded: {str(error).strip()}") from None
-    for model in (unet, vae, text_encoder):
-        model.requires_grad_(False).eval()
-    return Base(unet, vae, text_encoder, tokenizer, scheduler)
-
-
-def is_local(location: str) -> bool:
-    return Path(location).exists()
+    revision = {} if plan.name == TOYBOX else {"revision": args.revision}
+    weights = {**revision, "torch_dtype": torch.float32} | ({"variant": args.variant} if args.variant else {})
+    classes = {
+        "unet": (UNet2DConditionModel, weights),
+        "vae": (AutoencoderKL, weights),
+        "text_encoder": (CLIPTextModel, weights),
+        "tokenizer": (CLIPTokenizer, revision),
+        "scheduler": (DDPMScheduler, revision),
+    }
+    loaded: dict[str, Any] = {}
+    for name, (kind, options) in tqdm(classes.items(), desc="load", disable=not PartialState().is_main_process):
+        try:
+            loaded[name] = kind.from_pretrained(plan.location, subfolder=name, **options)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip()
+            raise InputError(f"The {name} of the base model {plan.name!r} cannot be loaded: {reason}") from None
+    for name in ("unet", "vae", "text_encoder"):
+        loaded[name].requires_grad_(False).eval()
+    return Base(**loaded)

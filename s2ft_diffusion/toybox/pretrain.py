@@ -386,3 +386,14 @@ def pretrain(work_dir: Path, base_dir: Path, plan: Steps, device: torch.device) 
     moments, scaling_factor = encode_scenes(work_dir, vae, plan.scenes, device)
     unet = train_unet(work_dir, tokenizer, encoder, moments, scaling_factor, plan, device)
     save_base(base_dir, vae, encoder, unet, scaling_factor)
+    (base_dir / "training.json").write_text(json.dumps(describe_training(work_dir, device), indent=2) + "\n")
+
+
+def describe_training(work_dir: Path, device: torch.device) -> dict[str, object]:
+    """What the stages took: the last line of each stage's log (step, loss, seconds), and on what."""
+    stages = {}
+    for name in ("text", "vae", "unet"):
+        lines = (work_dir / f"{name}.jsonl").read_text().splitlines()
+        stages[name] = json.loads(lines[-1])
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return {"stages": stages, "device": where, "torch": torch.__version__}

@@ -1,0 +1,59 @@
+"""Attention projections are found in models of any naming."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+
+from s2ft_diffusion import S2FTConfig, S2FTLinear, attention_targets
+from s2ft_diffusion.spectrum import count_positions
+
+
+@pytest.fixture(scope="module")
+def sd15_unet() -> UNet2DConditionModel:
+    """The shapes of Stable Diffusion 1.5's denoiser, without memory for its weights."""
+    with init_empty_weights():
+        return UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+
+
+def test_the_papers_setting_on_stable_diffusion(sd15_unet) -> None:
+    assert sum(p.numel() for p in sd15_unet.parameters()) == 859_520_964
+    names = attention_targets(sd15_unet, "qv")
+    assert len(names) == len(set(names)) == 64
+    assert len(attention_targets(sd15_unet, "attention")) == 128
+    numbers = 0
+    for name in names:
+        layer = sd15_unet.get_submodule(name)
+        numbers += 2 * count_positions(8000, (layer.out_features, layer.in_features), "complex")
+    assert numbers == 512_000
+
+
+def test_transformers_of_diffusers() -> None:
+    sd3 = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
+    )  # fmt: skip
+    assert len(attention_targets(sd3)) == 2 * 4  # to_q, to_v, add_q_proj, add_v_proj in each block
+    flux = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    names = attention_targets(flux)
+    assert len(names) == 4 + 2
+    flux.add_adapter(S2FTConfig(target_modules=names, n_frequency=20))
+    assert sum(isinstance(m, S2FTLinear) for m in flux.modules()) == 6
+
+
+def test_text_encoder(pipe) -> None:
+    assert len(attention_targets(pipe.text_encoder, "qv")) == 2 * pipe.text_encoder.config.num_hidden_layers
+    assert len(attention_targets(pipe.text_encoder, "attention")) == 4 * pipe.text_encoder.config.num_hidden_layers
+
+
+def test_nothing_to_adapt_and_fused(pipe) -> None:
+    with pytest.raises(ValueError, match="Linear has no attention projections"):
+        attention_targets(torch.nn.Linear(2, 2))
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        attention_targets(pipe.unet)
