@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -39,7 +38,6 @@ def main() -> None:
     parser.add_argument("trainer", nargs=argparse.REMAINDER, help="further flags for the trainer, after --")
     args = parser.parse_args()
     subject = SUBJECTS[args.subject]
-    shutil.rmtree(args.output_dir, ignore_errors=True)
     photos = args.output_dir / subject.name
     write_photos(subject.name, photos)
 
@@ -50,6 +48,7 @@ def main() -> None:
         "--instance_dir", str(photos),
         "--instance_prompt", subject.instance_prompt,
         "--output_dir", str(args.output_dir / "adapter"),
+        "--overwrite_output_dir",
         "--max_train_steps", str(args.max_train_steps),
         *[flag for flag in args.trainer if flag != "--"],
     ]  # fmt: skip

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from PIL import Image
@@ -36,7 +36,7 @@ from s2ft_diffusion.adapter_file import (
     make_thumbnail,
     write_adapter,
 )
-from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, parse_arguments
+from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, folder_words, parse_arguments
 from s2ft_diffusion.dreambooth.base import Base, BasePlan, load_base, plan_base
 from s2ft_diffusion.dreambooth.checkpoints import (
     ADAPTER,
@@ -45,15 +45,16 @@ from s2ft_diffusion.dreambooth.checkpoints import (
     clear_checkpoints,
     list_checkpoints,
     prepare_output_dir,
+    run_flags,
 )
-from s2ft_diffusion.dreambooth.class_images import class_image_paths, ensure_class_images, generation_dtype
+from s2ft_diffusion.dreambooth.class_images import class_image_paths, ensure_class_images
 from s2ft_diffusion.dreambooth.draws import Draw, DrawStream, process_slots, replayed, seeded
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images, load_image
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
 from s2ft_diffusion.dreambooth.phases import Phases
 from s2ft_diffusion.dreambooth.prompts import Prompts
-from s2ft_diffusion.dreambooth.publish import push, usage_snippet, write_model_card
+from s2ft_diffusion.dreambooth.publish import push, usage_snippet, write_model_card, write_text
 from s2ft_diffusion.prior import estimate_prior, place_from_prior
 
 logger = logging.getLogger("train_dreambooth_s2ft")
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     instance_paths = find_images(args.instance_dir)
     for path in instance_paths:
         load_image(path)
+    args.images = ", ".join(path.name for path in instance_paths)
     resume_path = prepare_output_dir(args)
     plan = plan_base(args)
     output_dir = Path(args.output_dir)
@@ -91,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     phases = Phases(logger)
@@ -103,20 +106,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("The instance prompt is %r; choose another with --instance_prompt.", args.instance_prompt)
 
     with phases("load") as say:
-        base = load_base(plan, args)
+        base = load_base(plan)
         base.vae.to(accelerator.device, weight_dtype)
         base.text_encoder.to(accelerator.device, weight_dtype)
         base.unet.to(accelerator.device, weight_dtype)
         if args.enable_xformers_memory_efficient_attention:
             base.unet.enable_xformers_memory_efficient_attention()
-        total = sum(p.numel() for p in base.unet.parameters())
-        say(f"{plan.name}, denoiser of {total:,} parameters, {plan.resolution} px, {len(instance_paths)} images")
+        total = sum(p.numel() for name in plan.configs for p in getattr(base, name).parameters())
+        say(
+            f"{plan.name}, {' and '.join(plan.configs)} of {total:,} parameters, {plan.resolution} px, {len(instance_paths)} images"
+        )
 
     sources = [LatentSource(SquareImages(instance_paths, plan.resolution, center_crop=args.center_crop), base.vae)]
     if args.with_prior_preservation:
         with phases("class images") as say:
             folder = Path(args.class_data_dir)
-            made = make_class_images(args, plan, base, folder, accelerator, weight_dtype)
+            made = ensure_class_images(folder, args, plan, accelerator)
             paths = class_image_paths(folder, args.num_class_images)
             sources.append(LatentSource(SquareImages(paths, plan.resolution, center_crop=args.center_crop), base.vae))
             say(f"{made} generated, {len(paths)} in use")
@@ -131,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cast_training_params(model, dtype=torch.float32)
     if args.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            base.text_encoder.gradient_checkpointing_enable()
     prompts = Prompts(base.tokenizer, base.text_encoder, args.tokenizer_max_length, live=args.train_text_encoder)
     streams = [
         DrawStream(name, args.seed, len(source), plan.latent_shape, random_flip=args.random_flip)
@@ -149,9 +156,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     return loss(batch) * magnify
 
             bar = tqdm(batches, desc="estimate", disable=not accelerator.is_main_process)
-            prior = estimate_prior(
-                list(components.values()), loss_of, bar, estimate=args.estimate, adapter_name=ADAPTER
-            )
+            try:
+                prior = estimate_prior(
+                    list(components.values()), loss_of, bar, estimate=args.estimate, adapter_name=ADAPTER
+                )
+            except ValueError as error:
+                raise Diverged(str(error)) from None
             say(f"{args.estimate}, {args.estimate_draws} draws of {len(sources[0])} images")
         with phases("rearrange") as say:
             place_from_prior(list(components.values()), prior, adapter_name=ADAPTER, progress=True)
@@ -183,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if resume_path is not None:
         state = checkpoints.load(resume_path)
         logger.info("Resuming from %s, after step %d.", resume_path, state.step)
-    state.flags = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | None)}
+    state.flags = run_flags(args)
     accelerator.init_trackers("dreambooth-s2ft", config=state.flags)
 
     loss = DiffusionLoss(trained[0], base.scheduler, prompts, snr_gamma=args.snr_gamma)
@@ -202,7 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                         value = loss(samples)
                     accelerator.backward(value)
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                        norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                        if accelerator.scaler is None and not torch.isfinite(norm):
+                            raise Diverged(f"The gradient is not finite at step {step + 1}. {last_good(checkpoints)}")
                     optimizer.step()
                     optimizer.zero_grad()
                 mean += accelerator.reduce(value.detach(), "mean").item() / args.gradient_accumulation_steps
@@ -244,6 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         say(f"{steps} steps, loss {facts['loss_first']:.4f} -> {facts['loss_last']:.4f} on equal draws")
 
+    if accelerator.is_main_process:  # before anything else can fail
+        adapter = collect_adapter(components, ADAPTER, describe(args, facts, []))
+        write_adapter(output_dir / WEIGHTS_NAME, adapter, args.adapter_dtype)
     images: list[Image.Image] = []
     if args.validation_prompt:
         with phases("validate") as say:
@@ -260,15 +275,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             bar.update()
             write_model_card(output_dir, args, adapter, size, facts["share"])
             report = {**facts, "seconds": phases.seconds, "adapter": str(path), "adapter_bytes": size}
-            (output_dir / "training.json").write_text(json.dumps(report, indent=2))
+            write_text(output_dir / "training.json", json.dumps(report, indent=2))
             bar.update()
             if args.push_to_hub:
                 say(f"uploaded to {push(output_dir, args)}")
                 bar.update()
             bar.close()
-            say(f"{path}, {size:,} bytes, {numbers:,} trainable numbers, {facts['share']:.3%} of the denoiser")
-            snippet = usage_snippet(args.pretrained_model_name_or_path, str(path), args.instance_prompt)
-            logger.info("Load it with:\n%s", snippet.strip().removeprefix("```python\n").removesuffix("\n```"))
+            say(f"{path}, {size:,} bytes, {numbers:,} trainable numbers, {facts['share']:.3%} of the model")
+            snippet = usage_snippet(args.pretrained_model_name_or_path, str(path))
+            logger.info("Load it with:\n%s", snippet)
     accelerator.end_training()
 
 
@@ -279,35 +294,15 @@ def total_steps(args, images: int, processes: int) -> int:
     return args.num_train_epochs * math.ceil(images / batch)
 
 
-def make_class_images(
-    args, plan: BasePlan, base: Base, folder: Path, accelerator: Accelerator, weight_dtype: torch.dtype
-) -> int:
-    dtype = generation_dtype(args.prior_generation_precision, accelerator.device)
-    pipeline = base.pipeline(plan.location).to(dtype)
-    made = ensure_class_images(
-        pipeline,
-        folder,
-        args.class_prompt,
-        args.num_class_images,
-        seed=args.seed,
-        batch=args.sample_batch_size,
-        resolution=plan.resolution,
-        accelerator=accelerator,
-    )
-    pipeline.to(weight_dtype)
-    return made
-
-
 def estimate_batches(args, stream: DrawStream, source: LatentSource, accelerator: Accelerator) -> list[list[Sample]]:
-    """One draw a batch; for "full", a step's batch has one draw of every image. Each process takes its part."""
+    """One draw a batch, shared out over the processes; for "full", each step's batch has one draw of every image, and
+    every process takes the same steps (Adam does not mind that their gradients are added)."""
     draws = stream.stratified(args.estimate_draws)
     size = stream.count if args.estimate == "full" else 1
     batches = [draws[i : i + size] for i in range(0, len(draws), size)]
-    if args.estimate == "full":  # every step needs every process: split each step's batch
-        parts = [batch[accelerator.process_index :: accelerator.num_processes] for batch in batches]
-    else:
-        parts = batches[accelerator.process_index :: accelerator.num_processes]
-    return [[(draw, source, args.instance_prompt, 1.0) for draw in part] for part in parts]
+    if args.estimate != "full":
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
+    return [[(draw, source, args.instance_prompt, 1.0) for draw in batch] for batch in batches]
 
 
 def training_batches(
@@ -361,7 +356,7 @@ class Validation:
             return []
         args = self.args
         self.base.vae.to(self.accelerator.device)
-        pipeline = self.base.pipeline(self.plan.location)
+        pipeline = self.base.pipeline(self.plan)
         pipeline.set_progress_bar_config(desc="validate", leave=False)
         with self.accelerator.autocast():
             images = pipeline(
@@ -371,6 +366,8 @@ class Validation:
                 generator=[seeded(args.seed, "validation", i) for i in range(args.num_validation_images)],
             ).images
         self.folder.mkdir(exist_ok=True)
+        for stale in self.folder.glob(f"{name}-*.png"):
+            stale.unlink()
         for i, image in enumerate(images):
             image.save(self.folder / f"{name}-{i}.png")
         for tracker in self.accelerator.trackers:
@@ -384,7 +381,7 @@ def describe(args, facts: dict, images: list[Image.Image]) -> AdapterInfo:
     """What the file says about itself. The date is the day's (or SOURCE_DATE_EPOCH's), so that equal runs make equal
     files."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    words = Path(args.instance_dir).resolve().name.replace("_", " ").replace("-", " ")
+    words = folder_words(args.instance_dir)
     return AdapterInfo(
         base_model=args.pretrained_model_name_or_path,
         instance_prompt=args.instance_prompt,
@@ -400,7 +397,7 @@ def last_good(checkpoints: Checkpoints) -> str:
     present = list_checkpoints(checkpoints.output_dir)
     if not present:
         return "There is no checkpoint yet; try a lower --learning_rate."
-    return f"The last good checkpoint is {present[-1]}; resume from it with a lower --learning_rate."
+    return f"The last good checkpoint is {present[-1]}, and its adapter loads; train anew with a lower --learning_rate."
 
 
 class deferred_interrupt:
@@ -433,5 +430,5 @@ if __name__ == "__main__":
         print(f"{program}: {error} Go on with --resume_from_checkpoint latest.", file=sys.stderr)
         sys.exit(130)
     except KeyboardInterrupt:
-        print(f"{program}: stopped before training began; nothing to resume.", file=sys.stderr)
+        print(f"{program}: stopped; what was written so far is complete.", file=sys.stderr)
         sys.exit(130)

@@ -1,15 +1,13 @@
 """S2FT for diffusers: subject-driven fine-tuning in a sparse spectrum, as a PEFT method and pipeline verbs."""
 
+from . import pipeline, toybox
 from .adapter_file import AdapterFileError, AdapterInfo, read_adapter, read_info, write_adapter
 from .attention import attention_targets
 from .config import S2FTConfig
 from .layer import S2FTLayer, S2FTLinear, SpectralDelta
 from .model import S2FTModel
-from .pipeline import install as _install_pipeline_verbs
 from .prior import estimate_prior, initialize_s2ft_weights, place_from_prior
 from .rearrange import Rearrangement
-
-_install_pipeline_verbs()
 
 __version__ = "0.1.0"
 
@@ -25,8 +23,10 @@ __all__ = [
     "attention_targets",
     "estimate_prior",
     "initialize_s2ft_weights",
+    "pipeline",
     "place_from_prior",
     "read_adapter",
     "read_info",
+    "toybox",
     "write_adapter",
 ]

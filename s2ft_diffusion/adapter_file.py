@@ -143,7 +143,9 @@ def collect_adapter(components: Mapping[str, nn.Module], adapter_name: str, info
         found = s2ft_layers(model, adapter_name)
         if found:
             configs[component] = next(iter(found.values())).s2ft_config[adapter_name]
-            layers[component] = {name: _collect_layer(layer, adapter_name) for name, layer in found.items()}
+            layers[component] = {
+                module_name(name): _collect_layer(layer, adapter_name) for name, layer in found.items()
+            }
     if not layers:
         raise ValueError(f"No component has an S2FT adapter named {adapter_name!r}.")
     return Adapter(configs, layers, info or AdapterInfo())
@@ -175,7 +177,6 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float
     for component, layers in adapter.layers.items():
         shapes[component] = {}
         for name, layer in layers.items():
-            name = module_name(name)
             shapes[component][name] = list(layer.shape)
             for key, array in _encode(layer, DTYPES[dtype]).items():
                 tensors[f"{component}.{name}.{key}"] = array
@@ -310,8 +311,8 @@ def _info(path: str | os.PathLike, header: Mapping[str, Any]) -> AdapterInfo:
 
 def _config(path: str | os.PathLike, component: str, values: Mapping[str, Any]) -> S2FTConfig:
     try:
-        if unknown := set(values) - set(CONFIG_FIELDS):
-            raise ValueError(f"unknown fields {sorted(unknown)}")
+        if different := set(values) ^ set(CONFIG_FIELDS):
+            raise ValueError(f"unknown or missing fields {sorted(different)}")
         return S2FTConfig(**values, inference_mode=True)
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path}: the config of {component} is damaged ({error}).") from None

@@ -11,7 +11,7 @@ Targets = Literal["qv", "attention"]
 
 # Projection names of diffusers' and transformers' attention modules, by what they make.
 _QUERY_AND_VALUE = ("to_q", "to_v", "q_proj", "v_proj", "query", "value", "add_q_proj", "add_v_proj")
-_KEY_AND_OUTPUT = ("to_k", "to_out.0", "k_proj", "out_proj", "key", "add_k_proj", "to_add_out")
+_KEY_AND_OUTPUT = ("to_k", "to_out.0", "to_out", "k_proj", "out_proj", "key", "add_k_proj", "to_add_out")
 
 
 def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
@@ -41,11 +41,10 @@ def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    for part in path.split("."):
-        module = getattr(module, part, None) if not part.isdigit() else module[int(part)]
-        if module is None:
-            return None
-    return module
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _is_linear(module: nn.Module | None) -> bool:

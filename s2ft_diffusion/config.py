@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -100,8 +101,14 @@ class S2FTConfig(PeftConfig):
         for name, value in {"n_frequency": self.n_frequency, **pattern}.items():
             if isinstance(value, bool) or value <= 0 or (isinstance(value, float) and value >= 1):
                 raise ValueError(f"{name} must be an int of at least 1 or a share above 0 and below 1, got {value!r}.")
+        for name in ("scaling", "gamma"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}.")
         if self.gamma < 0:
             raise ValueError(f"gamma must not be negative, got {self.gamma}.")
+        if not isinstance(self.signs, bool) or isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"signs must be a bool and seed an int, got {self.signs!r} and {self.seed!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform.")
 

@@ -62,13 +62,15 @@ class SpectralDelta(nn.Module):
         for name in ("row_order", "column_order", "row_sign", "column_sign"):
             getattr(self, name).copy_(getattr(rearrangement, name))
         self.coefficients.zero_()
+        self._prepared = None
 
     def _prepare(self) -> tuple[SpectrumIndex, Rearrangement]:
         """Index tensors derived from the buffers, made anew whenever a buffer has changed or moved."""
         buffers = [self.positions, self.row_order, self.column_order, self.row_sign, self.column_sign]
         if self._prepared is not None:
             seen, index, rearrangement = self._prepared
-            if all(a is b and b._version == v for (a, v), b in zip(seen, buffers, strict=True)):
+            same = all(a is b and b._version == v for (a, v), b in zip(seen, buffers, strict=True))
+            if same and index.gather.device == self.positions.device:
                 return index, rearrangement
         index, rearrangement = index_spectrum(self.positions, self.shape), self.rearrangement
         if not any(buffer.is_inference() for buffer in buffers):
@@ -244,12 +246,15 @@ class S2FTLinear(nn.Module, S2FTLayer):
         adapted weight. With `safe_merge`, raises ValueError and changes nothing if the sum is not finite.
         """
         adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.s2ft_delta]
+        scales = {name: self.effective_scale(name) * scale for name in adapter_names}
+        self._drop_passing_scales()
         if not adapter_names:
             return
         weight = self.get_base_layer().weight
-        if not weight.dtype.is_floating_point or weight.shape != (self.out_features, self.in_features):
-            raise TypeError(f"An S2FT adapter cannot be fused into a {weight.dtype} weight; use it unfused.")
-        scales = {name: self.effective_scale(name) * scale for name in adapter_names}
+        full = weight.dtype.is_floating_point and weight.shape == (self.out_features, self.in_features)
+        if not full or type(weight.data) is not torch.Tensor:
+            kind = weight.dtype if type(weight.data) is torch.Tensor else type(weight.data).__name__
+            raise TypeError(f"An S2FT adapter cannot be fused into a {kind} weight; use it unfused.")
         unfused = self._unfused_weight
         if unfused is None:
             unfused = weight.data.detach().to("cpu", copy=True)  # a copy also where the weight is on the CPU
@@ -264,33 +269,40 @@ class S2FTLinear(nn.Module, S2FTLayer):
         self.merged_adapters.extend(adapter_names)
 
     def unmerge(self) -> None:
-        """Restore the base weight to what it was before merging, bit for bit.
+        """Restore the base weight to what it was before merging, bit for bit (in the type it has by now).
 
         If something else (a fused LoRA) has changed the weight since, the delta weights are subtracted instead, which
         leaves a rounding error.
         """
+        self._drop_passing_scales()
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         weight = self.get_base_layer().weight
         unfused = self._unfused_weight.to(weight.device)
         with torch.no_grad():
-            if torch.equal(weight.data, self._replay(unfused)):
+            fused = self._add_deltas(unfused, self._fused_scales)
+            # Rounding apart: the pipeline may have moved to another device or type since.
+            epsilon = 4 * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+            slack = epsilon * float((fused.float() - unfused.float()).abs().max())
+            if torch.allclose(weight.float(), fused.float(), rtol=epsilon, atol=slack):
                 weight.data = unfused.to(weight.dtype)
             else:
                 weight.data = self._add_deltas(weight.data, {n: -s for n, s in self._fused_scales.items()})
         self._unfused_weight = None
         self._fused_scales.clear()
         self.merged_adapters.clear()
-        for passing in self.s2ft_passing_scales.values():
-            passing.clear()  # diffusers' fuse_lora(scale) puts a scale on and never takes it off
 
-    def _replay(self, unfused: torch.Tensor) -> torch.Tensor:
-        """The weight that merging made from `unfused`: the same additions in the same order."""
-        fused = unfused
-        for name, scale in self._fused_scales.items():
-            fused = self._add_deltas(fused, {name: scale})
-        return fused
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; fused adapters are unfused first."""
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
+        super().delete_adapter(adapter_name)
+
+    def _drop_passing_scales(self) -> None:
+        """diffusers' fuse_lora(scale) puts a scale on every PEFT layer and never takes it off."""
+        for passing in self.s2ft_passing_scales.values():
+            passing.clear()
 
     def _add_deltas(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
         result = weight
@@ -322,6 +334,7 @@ def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether calling `base` is nothing but `F.linear` in float32: no other adapter, no hook, no cast in between."""
     return (
         type(base) is nn.Linear
+        and type(base.weight.data) is torch.Tensor
         and base.weight.dtype == x.dtype
         and base.weight.device == x.device
         and "forward" not in base.__dict__

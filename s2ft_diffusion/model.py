@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -55,12 +56,29 @@ class S2FTModel(BaseTuner):
         self._replace_module(parent, target_name, module, target)
 
     def _post_injection_hook(self, model: nn.Module, config: S2FTConfig, adapter_name: str) -> None:
+        _guard_fuse_qkv_projections(type(model))
         if config.sampling == "power" and not config.inference_mode:
             logger.info(
                 "S2FT adapter %r starts without a prior: identity order, low-frequency positions. "
                 "initialize_s2ft_weights estimates one.",
                 adapter_name,
             )
+
+
+def _guard_fuse_qkv_projections(kind: type[nn.Module]) -> None:
+    """Fusing q, k and v copies base weights, which would silently drop an unfused adapter: make it say so."""
+    original = getattr(kind, "fuse_qkv_projections", None)
+    if original is None or hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def fuse_qkv_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, module in self.named_modules():
+            if isinstance(module, S2FTLayer) and module.s2ft_delta and not module.merged:
+                raise ValueError(f"{name} has an unfused S2FT adapter; call fuse_s2ft() before fuse_qkv_projections().")
+        return original(self, *args, **kwargs)
+
+    kind.fuse_qkv_projections = fuse_qkv_projections
 
 
 def register() -> None:

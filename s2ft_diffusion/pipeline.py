@@ -18,8 +18,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
-from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_processor import Attention
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, inject_adapter_in_model
@@ -84,13 +82,15 @@ def load_s2ft_weights(
     else:
         path = _resolve(source, weight_name=weight_name, subfolder=subfolder, revision=revision, token=token)
         label = str(path)
-        adapter = _read_peft(path, components) if path.name != WEIGHTS_NAME and _is_peft(path) else read_adapter(path)
+        adapter = _read_peft(path, components) if _is_peft(path) else read_adapter(path)
     used = {name for model in components.values() for name in getattr(model, "peft_config", {})}
     if adapter_name is None:
         adapter_name = next(f"s2ft_{i}" for i in range(len(used) + 1) if f"s2ft_{i}" not in used)
     if adapter_name in used:
         raise ValueError(f"There is an adapter named {adapter_name!r} already; delete it, or choose another name.")
     check_fits(adapter, components, label)
+    if any(layer.merged for layer in _layers(self)):
+        raise ValueError("An S2FT adapter is fused; call unfuse_s2ft() before loading another.")
     with _offloading_paused(self):
         attach_adapter(components, adapter, adapter_name)
     _adapter_infos(self)[adapter_name] = adapter.info
@@ -118,7 +118,8 @@ def save_s2ft_weights(
             raise ValueError(f"Say which adapter to save with adapter_name: the pipeline has {names}.")
         adapter_name = names[0]
     info = info or _adapter_infos(self).get(adapter_name)
-    adapter = collect_adapter(components, adapter_name, info)
+    with _offloading_paused(self):
+        adapter = collect_adapter(components, adapter_name, info)
     Path(save_directory).mkdir(parents=True, exist_ok=True)
     path = Path(save_directory) / weight_name
     write_adapter(path, adapter, dtype)
@@ -154,34 +155,32 @@ def fuse_s2ft(
     known = s2ft_adapters(self)
     if unknown := sorted(set(adapter_names or []) - set(known)):
         raise ValueError(f"There is no S2FT adapter named {unknown[0]!r}; the pipeline has {known}.")
-    if not layers:
-        raise ValueError("There is no S2FT adapter to fuse; load one with load_s2ft_weights.")
-    done = []
-    try:
-        for layer in layers:
-            layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names, scale=scale)
-            done.append(layer)
-    except (TypeError, ValueError):
-        for layer in done:
-            layer.unmerge()
-        raise
+    wanted = {name for layer in layers for name in (adapter_names or layer.active_adapters) if name in layer.s2ft_delta}
+    if not wanted:
+        raise ValueError("There is no active S2FT adapter to fuse; load one with load_s2ft_weights.")
+    with _offloading_paused(self):
+        merged_before = [layer for layer in layers if layer.merged]
+        try:
+            for layer in layers:
+                layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names, scale=scale)
+        except BaseException:
+            for layer in layers:
+                if layer.merged and layer not in merged_before:
+                    layer.unmerge()
+            raise
 
 
 def unfuse_s2ft(self: DiffusionPipeline) -> None:
     """Undo `fuse_s2ft`: the base weights are what they were, bit for bit."""
-    for layer in _layers(self):
-        if layer.merged:
-            layer.unmerge()
+    with _offloading_paused(self):
+        for layer in _layers(self):
+            if layer.merged:
+                layer.unmerge()
 
 
 def s2ft_adapters(self: DiffusionPipeline) -> list[str]:
     """Names of the pipeline's S2FT adapters, in the order of loading."""
-    names = [
-        name
-        for model in adaptable_components(self).values()
-        for name, config in getattr(model, "peft_config", {}).items()
-        if config.peft_type == S2FTType.S2FT
-    ]
+    names = [name for model in adaptable_components(self).values() for name in _s2ft_configs(model)]
     return list(dict.fromkeys(names))
 
 
@@ -209,6 +208,8 @@ def check_fits(adapter: Adapter, components: Mapping[str, nn.Module], label: str
             linear = _linear(model, name)
             where = f"{component}.{name}"
             d, k = layer.shape
+            if linear is not None and _in_fused_attention(model, name):
+                raise AdapterFileError(f"{label}: {where} has fused projections; call unfuse_qkv_projections() first.")
             if linear is None:
                 raise AdapterFileError(
                     f"{label}: the adapter was trained on {trained_on} with a {d}x{k} layer at {where}, "
@@ -230,9 +231,18 @@ def _linear(model: nn.Module, name: str) -> nn.Linear | None:
     return module if isinstance(module, nn.Linear) else None
 
 
+def _in_fused_attention(model: nn.Module, name: str) -> bool:
+    """Whether a projection has been copied into a fused one, so that adapting it would do nothing."""
+    parts = name.split(".")
+    ancestors = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
+    return any(getattr(ancestor, "fused_projections", False) for ancestor in ancestors)
+
+
 def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_name: str) -> None:
     """Put a checked adapter into the models; on any failure they are left as they were."""
     attached = []
+    present = [m for c in adapter.layers for m in components[c].modules() if isinstance(m, S2FTLayer)]
+    active = [(layer, list(layer.active_adapters)) for layer in present]
     try:
         for component, layers in adapter.layers.items():
             model = components[component]
@@ -253,13 +263,15 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
     except BaseException:
         for model in attached:
             detach_adapters(model, adapter_name)
+        for layer, names in active:
+            layer.set_adapter(names, inference_mode=True)
         raise
 
 
 def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
     """Remove one S2FT adapter, or all, from a model; layers that are left without one make way for what they wrap."""
     configs = getattr(model, "peft_config", {})
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # inside first: names outside stay true
         if not isinstance(module, S2FTLayer):
             continue
         for adapter in list(module.s2ft_delta):
@@ -268,8 +280,9 @@ def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
         if not module.s2ft_delta:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base_layer)
-    for name in [n for n, c in configs.items() if c.peft_type == S2FTType.S2FT and adapter_name in (None, n)]:
-        del configs[name]
+    for name in _s2ft_configs(model):
+        if adapter_name in (None, name):
+            del configs[name]
     if not configs and hasattr(model, "peft_config"):
         del model.peft_config
         model._hf_peft_config_loaded = False
@@ -325,12 +338,15 @@ def _resolve(
         raise AdapterFileError(f"{folder}: there is no {' or '.join(names)} in it.")
     if path.is_absolute() or str(source).endswith(".safetensors"):
         raise AdapterFileError(f"{source}: there is no such file or folder.")
+    options = {"subfolder": subfolder, "revision": revision, "token": token}
     try:
-        return Path(
-            hf_hub_download(
-                str(source), weight_name or WEIGHTS_NAME, subfolder=subfolder, revision=revision, token=token
-            )
-        )
+        try:
+            return Path(hf_hub_download(str(source), weight_name or WEIGHTS_NAME, **options))
+        except EntryNotFoundError as error:
+            if weight_name or isinstance(error, LocalEntryNotFoundError):
+                raise
+            hf_hub_download(str(source), "adapter_config.json", **options)
+            return Path(hf_hub_download(str(source), PEFT_WEIGHTS_NAME, **options))
     except HFValidationError:
         raise AdapterFileError(f"{source}: neither a file, nor a folder, nor the name of a repository.") from None
     except LocalEntryNotFoundError as error:
@@ -359,48 +375,40 @@ def _read_peft(path: Path, components: Mapping[str, nn.Module]) -> Adapter:
 # What diffusers does not know of -------------------------------------------------------------------------------------
 
 
-def _guard_fuse_projections(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Fusing q, k and v copies base weights, which would silently drop an unfused adapter."""
-
-    @functools.wraps(original)
-    def fuse_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for name, module in self.named_modules():
-            if isinstance(module, S2FTLayer) and module.s2ft_delta and not module.merged:
-                raise ValueError(
-                    f"{name} has an unfused S2FT adapter; call pipe.fuse_s2ft() before fuse_qkv_projections()."
-                )
-        return original(self, *args, **kwargs)
-
-    return fuse_projections
-
-
 def _guard_unload_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Unloading LoRAs removes every PEFT layer; unfused S2FT adapters are put back as they were."""
+    """Unloading LoRAs strips every PEFT layer; S2FT layers are put back, the very same, with all their state."""
 
     @functools.wraps(original)
     def unload_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        components = adaptable_components(self)
-        layers = _layers(self)
-        kept = {name: collect_adapter(components, name) for name in s2ft_adapters(self)}
-        state = [
-            (list(layer._active()), dict(layer.s2ft_weight), layer.disable_adapters)
-            for layer in layers
-            if not layer.merged
-        ]
-        fused = any(layer.merged for layer in layers)
-        for model in components.values():
-            detach_adapters(model)
+        kept = [(model, _s2ft_chains(model), _s2ft_configs(model)) for model in adaptable_components(self).values()]
         result = original(self, *args, **kwargs)
-        if not fused:
-            for name, adapter in kept.items():
-                attach_adapter(components, adapter, name)
-            for layer, (active, weights, disabled) in zip(_layers(self), state, strict=True):
-                layer.set_adapter(active, inference_mode=True)
-                layer.s2ft_weight.update(weights)
-                layer._disable_adapters = disabled
+        for model, chains, configs in kept:
+            for name, layers in chains.items():
+                module = model.get_submodule(name)
+                for layer in layers:
+                    layer.base_layer = module
+                    module = layer
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module)
+            if chains:
+                model.peft_config = configs
+                model._hf_peft_config_loaded = True
         return result
 
     return unload_lora_weights
+
+
+def _s2ft_chains(model: nn.Module) -> dict[str, list[S2FTLayer]]:
+    """The S2FT layers around each linear layer, the innermost first, by the linear layer's name."""
+    chains: dict[str, list[S2FTLayer]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, S2FTLayer) and module.s2ft_delta:
+            chains.setdefault(module_name(name), []).insert(0, module)
+    return chains
+
+
+def _s2ft_configs(model: nn.Module) -> dict[str, S2FTConfig]:
+    return {n: c for n, c in getattr(model, "peft_config", {}).items() if c.peft_type == S2FTType.S2FT}
 
 
 VERBS = (load_s2ft_weights, save_s2ft_weights, unload_s2ft_weights, fuse_s2ft, unfuse_s2ft)
@@ -412,8 +420,6 @@ def install() -> None:
         return
     for verb in VERBS:
         setattr(DiffusionPipeline, verb.__name__, verb)
-    for attention in (Attention, AttentionModuleMixin):
-        attention.fuse_projections = _guard_fuse_projections(attention.fuse_projections)
     LoraBaseMixin.unload_lora_weights = _guard_unload_lora(LoraBaseMixin.unload_lora_weights)
 
 

@@ -75,7 +75,8 @@ def estimate_prior(
     "full" is the change that one AdamW step a batch makes, of the adapted weights alone (the paper's Table 6).
 
     Memory beyond the model, for every adapted layer: one dense float32 matrix for "gradient", two for "normalized",
-    Adam's three (the change and two moments) and a copy of the weight for "full". All weights are as before afterwards.
+    Adam's three (the change and two moments), the gradient and a copy of the weight for "full". All weights are as
+    before afterwards. Other adapters are off while estimating.
     """
     if estimate not in ("gradient", "normalized", "full"):
         raise ValueError(f'estimate must be "gradient", "normalized" or "full", got {estimate!r}.')
@@ -112,9 +113,11 @@ def place_from_prior(
         if _is_main_process():
             delta.place(*_derive(name, prior[name], layer.s2ft_config[adapter_name], len(delta.positions)))
         if _distributed():
-            for buffer in delta.buffers():
-                dist.broadcast(buffer, src=0)
-            nn.init.zeros_(delta.coefficients)
+            state = {name: buffer.clone() for name, buffer in delta.named_buffers()}
+            for name in sorted(state):
+                dist.broadcast(state[name], src=0)
+            positions = state.pop("positions")
+            delta.place(positions, Rearrangement(**state))
 
 
 def _derive(name: str, prior: torch.Tensor, config: Any, count: int) -> tuple[torch.Tensor, Rearrangement]:

@@ -122,7 +122,7 @@ def count_positions(n_frequency: int | float, shape: tuple[int, int], kind: Coef
     Raises ValueError when the layer has too few positions or the budget buys none.
     """
     d, k = shape
-    numbers = int(n_frequency * d * k) if isinstance(n_frequency, float) else n_frequency
+    numbers = round(n_frequency * d * k) if isinstance(n_frequency, float) else n_frequency
     positions = numbers // 2 if kind == "complex" else numbers
     available = distinct_positions(shape, kind)
     if positions < 1:
@@ -162,7 +162,7 @@ def sample_positions(
         amplitude = _amplitude(latent, u, v)
         if not torch.isfinite(amplitude).all():
             raise ValueError(f"The prior of {name} has NaN or infinite entries.")
-        log_weight = gamma * torch.log(amplitude)
+        log_weight = torch.where(amplitude > 0, gamma * torch.log(amplitude), -math.inf)
     elif sampling == "low_frequency":
         d, k = shape
         frequency_u = torch.minimum(u, d - u) / d

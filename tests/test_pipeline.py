@@ -217,8 +217,59 @@ def test_loras_before_and_after(pipe, folder, tmp_path, lora_first) -> None:
     pipe.load_s2ft_weights(path)
     pipe.set_adapters(["s2ft_0", lora_name])
     torch.testing.assert_close(generate(pipe), both, rtol=1e-4, atol=1e-4)
-    pipe.unload_lora_weights()  # diffusers strips every PEFT layer; ours come back
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_unloading_loras_keeps_s2ft(pipe, folder, lora_first, fused) -> None:
+    """diffusers strips every PEFT layer; ours come back, with their weights, and fused ones can still be unfused."""
+    path, expected = folder
+    before = state(pipe)
+    lora = LoraConfig(target_modules=["to_q", "to_k"], r=2, init_lora_weights=False)
+    loads = [lambda: pipe.unet.add_adapter(lora, "lora"), lambda: pipe.load_s2ft_weights(path)]
+    for load in loads if lora_first else loads[::-1]:
+        load()
+    pipe.set_adapters(["s2ft_0", "lora"], [0.5, 1.0])
+    if fused:
+        pipe.fuse_s2ft()
+    pipe.unload_lora_weights()
+    if fused:
+        pipe.unfuse_s2ft()
+    half = generate(pipe)
+    assert not torch.equal(half, expected)
+    assert pipe.get_list_adapters() == {"unet": ["s2ft_0"]}
+    pipe.set_adapters("s2ft_0", 1.0)
     assert torch.equal(generate(pipe), expected)
+    pipe.unload_s2ft_weights()
+    assert same_state(pipe, before)
+
+
+def test_loading_beside_a_fused_adapter_is_refused(pipe, folder) -> None:
+    path, _ = folder
+    pipe.load_s2ft_weights(path)
+    pipe.fuse_s2ft()
+    with pytest.raises(ValueError, match="unfuse_s2ft"):
+        pipe.load_s2ft_weights(path, adapter_name="b")
+    pipe.delete_adapters("s2ft_0")
+    assert not any(m.merged for m in pipe.unet.modules() if isinstance(m, S2FTLinear))
+
+
+def test_loading_into_fused_projections_is_refused(pipe, folder) -> None:
+    path, _ = folder
+    pipe.fuse_qkv_projections()
+    with pytest.raises(AdapterFileError, match="unfuse_qkv_projections"):
+        pipe.load_s2ft_weights(path)
+
+
+def test_unfusing_after_a_change_of_type(pipe, folder) -> None:
+    path, _ = folder
+    half = {k: v.half() for k, v in state(pipe).items() if k.startswith("unet")}
+    pipe.load_s2ft_weights(path)
+    pipe.fuse_s2ft()
+    pipe.unet.to(torch.float16)
+    pipe.unfuse_s2ft()
+    pipe.unload_s2ft_weights()
+    assert all(torch.equal(state(pipe)[k], v) for k, v in half.items())
 
 
 @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0, lambda: SlicedAttnProcessor(1)])

@@ -65,9 +65,10 @@ def test_end_to_end(photos, tmp_path, pipe) -> None:
         ".png", "-0.png")]  # fmt: skip
     assert "instance_prompt: a photo of sks my dog" in (output / "README.md").read_text()
     base = generate(pipe)
-    snippet = done.stdout.split("Load it with:\n")[1].split("\nsave: ")[0].replace(".images[0]", "")
+    snippet = done.stdout.split("Load it with:\n")[1].split("\nsave: ")[0]
     scope: dict = {}
-    exec(snippet.replace('pipe("', '_ = ("'), scope)  # its pipeline, without the 50 steps
+    assert snippet.count("\n") == 2
+    exec(snippet, scope)
     assert not torch.equal(generate(scope["pipe"]), base)
 
 
@@ -283,6 +284,8 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
         (("--max_train_steps", "5", "--num_train_epochs", "2"), "contradict"),
         (("--max_train_steps", "0"), "at least 1"),
         (("--learning_rate", "-1"), "above 0"),
+        (("--adam_beta2", "1.0"), "adam_beta2"),
+        (("--mixed_precision", "fp16"), "bf16"),
         (("--use_8bit_adam",), "pip install bitsandbytes"),
         (("--enable_xformers_memory_efficient_attention",), "pip install xformers"),
         (("--report_to", "carrier_pigeon"), "report_to"),

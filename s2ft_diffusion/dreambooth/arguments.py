@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
+from diffusers.optimization import SchedulerType
 
 from ..adapter_file import DTYPES
 from ..config import PRESETS, S2FTConfig
 from .errors import InputError
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
+TRACKERS = ("tensorboard", "wandb", "comet_ml")
+SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 S2FT_OPTIONS = (
     "n_frequency", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange", "distance", "signs", "refine",
 )  # fmt: skip
@@ -90,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", action="store_true", help="save memory, at the cost of time")
     add("--learning_rate", type=float, help="by default what was measured for the preset")
     add("--scale_lr", action="store_true", help="scale the rate by processes, accumulation and batch size")
-    add("--lr_scheduler", default="constant", help="as diffusers.optimization.SchedulerType names them")
+    add("--lr_scheduler", choices=SCHEDULERS, default="constant", help="how the learning rate goes on")
     add("--lr_warmup_steps", type=int, default=0, help="steps of warm-up of the scheduler")
     add("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="power of polynomial")
@@ -136,16 +141,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Fills in what depends on other flags: prompt, preset's learning rate and scaling, steps.
     """
     args = build_parser().parse_args(argv)
-    folder = Path(args.instance_dir)
     args.prompt_was_given = args.instance_prompt is not None
     if not args.prompt_was_given:
-        name = folder.resolve().name.replace("_", " ").replace("-", " ")
-        args.instance_prompt = f"a photo of sks {name}"
+        args.instance_prompt = f"a photo of sks {folder_words(args.instance_dir)}"
+    args.processes = int(os.environ.get("WORLD_SIZE", "1"))
     for name, value in MEASURED[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     _check(args)
     return args
+
+
+def folder_words(folder: str) -> str:
+    """A folder's name as words."""
+    return Path(folder).resolve().name.replace("_", " ").replace("-", " ")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -166,6 +175,13 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--with_prior_preservation needs --class_data_dir and --class_prompt.")
     if not args.with_prior_preservation and (args.class_data_dir or args.class_prompt):
         raise InputError("--class_data_dir and --class_prompt do nothing without --with_prior_preservation.")
+    if args.class_data_dir and Path(args.class_data_dir).exists() and not Path(args.class_data_dir).is_dir():
+        raise InputError(f"--class_data_dir {args.class_data_dir} is no folder.")
+    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        raise InputError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}.")
     if args.train_text_encoder and args.pre_compute_text_embeddings:
         raise InputError("--train_text_encoder and --pre_compute_text_embeddings contradict each other.")
     if args.resume_from_checkpoint and args.overwrite_output_dir:
@@ -176,8 +192,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers.")
     if args.report_to not in (*TRACKERS, "all", "none"):
         raise InputError(f"--report_to must be one of {(*TRACKERS, 'all', 'none')}, got {args.report_to!r}.")
-    if args.report_to in TRACKERS and importlib.util.find_spec(TRACKERS[args.report_to]) is None:
-        raise InputError(f"--report_to {args.report_to} needs {TRACKERS[args.report_to]}, or choose --report_to none.")
+    if args.report_to in TRACKERS and importlib.util.find_spec(args.report_to) is None:
+        raise InputError(f"--report_to {args.report_to} needs the package of that name, or choose --report_to none.")
     try:
         s2ft_config(args, ["any"])
     except ValueError as error:

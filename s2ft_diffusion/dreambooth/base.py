@@ -32,6 +32,8 @@ class BasePlan:
     resolution: int
     latent_shape: tuple[int, int, int]
     configs: dict[str, S2FTConfig]
+    revision: dict[str, str]
+    variant: dict[str, str]
 
 
 def plan_base(args: argparse.Namespace) -> BasePlan:
@@ -42,11 +44,12 @@ def plan_base(args: argparse.Namespace) -> BasePlan:
     """
     name = args.pretrained_model_name_or_path
     location = str(toybox.base_path()) if name == TOYBOX else name
-    options = {"revision": args.revision} if name != TOYBOX else {}
+    revision = {"revision": args.revision} if args.revision and name != TOYBOX else {}
+    variant = {"variant": args.variant} if args.variant and name != TOYBOX else {}
     try:
-        unet_config = UNet2DConditionModel.load_config(location, subfolder="unet", **options)
-        vae_config = AutoencoderKL.load_config(location, subfolder="vae", **options)
-        text_config = CLIPTextConfig.from_pretrained(location, subfolder="text_encoder", **options)
+        unet_config = UNet2DConditionModel.load_config(location, subfolder="unet", **revision)
+        vae_config = AutoencoderKL.load_config(location, subfolder="vae", **revision)
+        text_config = CLIPTextConfig.from_pretrained(location, subfolder="text_encoder", **revision)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
@@ -54,6 +57,8 @@ def plan_base(args: argparse.Namespace) -> BasePlan:
             "--pretrained_model_name_or_path FOLDER (Stable Diffusion in diffusers' layout), or use the embedded base "
             "with --pretrained_model_name_or_path toybox."
         ) from None
+    if unet_config.get("addition_embed_type") or unet_config["in_channels"] != vae_config["latent_channels"]:
+        raise InputError(f"{name!r} is no text-to-image Stable Diffusion 1.x or 2.x, which is what this trains.")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     resolution = args.resolution or unet_config["sample_size"] * factor
     with init_empty_weights():
@@ -69,7 +74,8 @@ def plan_base(args: argparse.Namespace) -> BasePlan:
         configs[component] = s2ft_config(args, attention_targets(model, args.targets))
         _check_room(component, model, configs[component])
     side = resolution // factor
-    return BasePlan(name, location, resolution, (unet_config["in_channels"], side, side), configs)
+    latent_shape = (unet_config["in_channels"], side, side)
+    return BasePlan(name, location, resolution, latent_shape, configs, revision, variant)
 
 
 def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
@@ -91,10 +97,10 @@ class Base:
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
 
-    def pipeline(self, location: str, **options: Any) -> StableDiffusionPipeline:
+    def pipeline(self, plan: BasePlan) -> StableDiffusionPipeline:
         """A pipeline around these very models, with the base's own sampling scheduler."""
         return StableDiffusionPipeline.from_pretrained(
-            location,
+            plan.location,
             unet=self.unet,
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -102,14 +108,13 @@ class Base:
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
-            **options,
+            **plan.revision,
         )
 
 
-def load_base(plan: BasePlan, args: argparse.Namespace) -> Base:
+def load_base(plan: BasePlan) -> Base:
     """Load the models in float32, in evaluation mode, with no parameter trainable."""
-    revision = {} if plan.name == TOYBOX else {"revision": args.revision}
-    weights = {**revision, "torch_dtype": torch.float32} | ({"variant": args.variant} if args.variant else {})
+    revision, weights = plan.revision, {**plan.revision, **plan.variant, "torch_dtype": torch.float32}
     classes = {
         "unet": (UNet2DConditionModel, weights),
         "vae": (AutoencoderKL, weights),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,13 +19,22 @@ from .errors import InputError
 
 ADAPTER = "default"
 STATE_NAME = "training_state.json"
-# What a resumed run must have in common with the run it continues, for its draws and its adapter to be the same.
-MUST_MATCH = (
-    "pretrained_model_name_or_path", "instance_prompt", "class_prompt", "with_prior_preservation", "prior_loss_weight",
-    "num_class_images", "resolution", "center_crop", "random_flip", "preset", "targets", "train_text_encoder",
-    "n_frequency", "coefficients", "norm", "scaling", "seed", "train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler", "mixed_precision", "snr_gamma",
+# Flags that a resumed run may change: what is written, shown or kept, not what is trained.
+FREE_FLAGS = frozenset(
+    (
+        "instance_dir", "class_data_dir", "output_dir", "overwrite_output_dir", "resume_from_checkpoint",
+        "checkpointing_steps", "checkpoints_total_limit", "max_train_steps", "num_train_epochs", "validation_prompt",
+        "num_validation_images", "validation_epochs", "sample_batch_size", "prior_generation_precision", "report_to",
+        "logging_dir", "push_to_hub", "hub_model_id", "adapter_dtype", "allow_tf32", "local_rank", "prompt_was_given",
+        "pre_compute_text_embeddings", "estimate", "estimate_draws",
+    )
 )  # fmt: skip
+
+
+def run_flags(args: argparse.Namespace) -> dict[str, object]:
+    """The flags of a run for checkpoints and trackers: without the hub's token."""
+    plain = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | None)}
+    return {name: value for name, value in plain.items() if name != "hub_token"}
 
 
 @dataclass
@@ -53,7 +63,7 @@ def prepare_output_dir(args: argparse.Namespace) -> Path | None:
     output_dir = Path(args.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / ".writable"
+        probe = output_dir / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -76,7 +86,7 @@ def prepare_output_dir(args: argparse.Namespace) -> Path | None:
     if not (path / STATE_NAME).is_file():
         raise InputError(f"{args.resume_from_checkpoint}: there is no checkpoint.")
     flags = _read_state(path).flags
-    different = [name for name in MUST_MATCH if flags.get(name) != getattr(args, name)]
+    different = [name for name in run_flags(args) if name not in FREE_FLAGS and flags.get(name) != getattr(args, name)]
     if different:
         changes = ", ".join(f"--{name} {getattr(args, name)} (was {flags.get(name)})" for name in different)
         raise InputError(f"{path} is a checkpoint of a run with other flags: {changes}.")
@@ -84,8 +94,8 @@ def prepare_output_dir(args: argparse.Namespace) -> Path | None:
 
 
 def clear_checkpoints(output_dir: Path) -> None:
-    """Remove the checkpoints of an earlier run."""
-    for path in list_checkpoints(output_dir):
+    """Remove the checkpoints of an earlier run, half-written ones too."""
+    for path in [*list_checkpoints(output_dir), *output_dir.glob(".checkpoint-*.tmp")]:
         shutil.rmtree(path)
 
 

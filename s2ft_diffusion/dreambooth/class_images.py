@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
+from .base import BasePlan
 from .draws import seeded
 from .images import find_images
 
 
-def ensure_class_images(
-    pipeline: DiffusionPipeline,
-    folder: Path,
-    prompt: str,
-    count: int,
-    *,
-    seed: int,
-    batch: int,
-    resolution: int,
-    accelerator: Accelerator,
-) -> int:
-    """Generate class images until the folder has `count`; returns how many were made.
+def ensure_class_images(folder: Path, args: argparse.Namespace, plan: BasePlan, accelerator: Accelerator) -> int:
+    """Generate class images until the folder has `--num_class_images`; returns how many were made.
 
     Image `i` has its own seed and name, so that the set is the same however it is split over batches and processes,
-    and an interrupted call goes on where it stopped.
+    and an interrupted call goes on where it stopped. The pipeline is one of its own, in its own precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
     present = {path.name for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()}
-    names = [f"class-{i:05d}.png" for i in range(count)]
+    names = [f"class-{i:05d}.png" for i in range(args.num_class_images)]
     missing = [(i, name) for i, name in enumerate(names) if name not in present]
-    missing = missing[: max(0, count - len(present))]
+    missing = missing[: max(0, args.num_class_images - len(present))]
+    accelerator.wait_for_everyone()  # until all have listed, nobody writes
+    if not missing:
+        return 0
     mine = missing[accelerator.process_index :: accelerator.num_processes]
+    dtype = generation_dtype(args.prior_generation_precision, accelerator.device)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        plan.location, torch_dtype=dtype, safety_checker=None, **plan.revision, **plan.variant
+    ).to(accelerator.device, dtype)
     pipeline.set_progress_bar_config(disable=True)
     bar = tqdm(total=len(mine), desc="class images", disable=not accelerator.is_main_process)
-    for start in range(0, len(mine), batch):
-        part = mine[start : start + batch]
+    for start in range(0, len(mine), args.sample_batch_size):
+        part = mine[start : start + args.sample_batch_size]
         images = pipeline(
-            [prompt] * len(part),
-            height=resolution,
-            width=resolution,
-            generator=[seeded(seed, "class image", i) for i, _ in part],
+            [args.class_prompt] * len(part),
+            height=plan.resolution,
+            width=plan.resolution,
+            generator=[seeded(args.seed, "class image", i) for i, _ in part],
         ).images
         for (_, name), image in zip(part, images, strict=True):
             temporary = folder / f".{name}"

@@ -14,8 +14,6 @@ from .errors import InputError
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = frozenset(Image.registered_extensions())
-
 
 def find_images(folder: str | Path) -> list[Path]:
     """The image files of a folder, sorted by name; hidden files and sub-folders are ignored, with a line saying so.

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from ..adapter_file import WEIGHTS_NAME, Adapter
 
-USAGE = """\
-```python
-import s2ft_diffusion
-from diffusers import StableDiffusionPipeline
-{toybox}
-pipe = StableDiffusionPipeline.from_pretrained({base})
-pipe.load_s2ft_weights("{adapter}")
-pipe("{prompt}").images[0]
-```
-"""
 
-
-def usage_snippet(base: str, adapter: str, prompt: str) -> str:
-    """Lines of Python that load an adapter and generate with it."""
-    embedded = base == "toybox"
-    text = USAGE.format(
-        base="toybox.base_path()" if embedded else repr(base),
-        toybox="from s2ft_diffusion import toybox" if embedded else "",
-        adapter=adapter,
-        prompt=prompt,
+def usage_snippet(base: str, adapter: str) -> str:
+    """Three lines of Python that load an adapter."""
+    location = "s2ft_diffusion.toybox.base_path()" if base == "toybox" else repr(base)
+    return (
+        "import diffusers, s2ft_diffusion\n"
+        f"pipe = diffusers.StableDiffusionPipeline.from_pretrained({location})\n"
+        f"pipe.load_s2ft_weights({adapter!r})"
     )
-    return text.replace("\n\npipe", "\npipe")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def write_model_card(folder: Path, args: argparse.Namespace, adapter: Adapter, file_bytes: int, share: float) -> None:
@@ -42,12 +37,15 @@ def write_model_card(folder: Path, args: argparse.Namespace, adapter: Adapter, f
 # S2FT adapter: {name}
 
 An S2FT adapter for {args.pretrained_model_name_or_path}, trained on `{args.instance_prompt}`.
-{adapter.trainable:,} trainable numbers ({share:.3%} of the denoiser), {file_bytes:,} bytes
+{adapter.trainable:,} trainable numbers ({share:.3%} of the model), {file_bytes:,} bytes
 (`{WEIGHTS_NAME}`).
 
 {pictures}
 
-{usage_snippet(args.pretrained_model_name_or_path, name, args.instance_prompt)}
+```python
+{usage_snippet(args.pretrained_model_name_or_path, name)}
+pipe({args.instance_prompt!r}).images[0]
+```
 """
     header = ModelCardData(
         base_model=args.pretrained_model_name_or_path,
@@ -58,7 +56,7 @@ An S2FT adapter for {args.pretrained_model_name_or_path}, trained on `{args.inst
         widget=[{"text": args.validation_prompt, "output": {"url": f"validation/{path.name}"}} for path in samples]
         or None,
     )
-    ModelCard(f"---\n{header.to_yaml()}\n---\n{description}").save(folder / "README.md")
+    write_text(folder / "README.md", str(ModelCard(f"---\n{header.to_yaml()}\n---\n{description}")))
 
 
 def push(folder: Path, args: argparse.Namespace) -> str:

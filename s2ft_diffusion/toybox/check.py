@@ -26,7 +26,7 @@ from .world import BACKGROUNDS, Scene, random_scene, render
 PROBE_PATH = Path(__file__).parent / "probe.safetensors"
 PROBED = ("kind", "background", "colour")
 HELD_OUT = 2_000_000  # seeds from here on are never trained on
-PROBE_STEPS = 3000
+PROBE_STEPS = 1200
 
 
 class Probe(nn.Module):
