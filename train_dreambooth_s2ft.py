@@ -113,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.enable_xformers_memory_efficient_attention:
             base.unet.enable_xformers_memory_efficient_attention()
         total = sum(p.numel() for name in plan.configs for p in getattr(base, name).parameters())
-        say(
-            f"{plan.name}, {' and '.join(plan.configs)} of {total:,} parameters, {plan.resolution} px, {len(instance_paths)} images"
-        )
+        say(f"{plan.name}, {' and '.join(plan.configs)} of {total:,} parameters, {len(instance_paths)} images")
 
     sources = [LatentSource(SquareImages(instance_paths, plan.resolution, center_crop=args.center_crop), base.vae)]
     if args.with_prior_preservation:
