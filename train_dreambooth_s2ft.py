@@ -48,7 +48,7 @@ from s2ft_diffusion.dreambooth.checkpoints import (
     run_flags,
 )
 from s2ft_diffusion.dreambooth.class_images import class_image_paths, ensure_class_images
-from s2ft_diffusion.dreambooth.draws import Draw, DrawStream, process_slots, replayed, seeded
+from s2ft_diffusion.dreambooth.draws import Draw, DrawStream, process_slots, replayed
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images, load_image
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
@@ -56,6 +56,7 @@ from s2ft_diffusion.dreambooth.phases import Phases
 from s2ft_diffusion.dreambooth.prompts import Prompts
 from s2ft_diffusion.dreambooth.publish import push, usage_snippet, write_model_card, write_text
 from s2ft_diffusion.prior import estimate_prior, place_from_prior
+from s2ft_diffusion.seeding import seeded
 
 logger = logging.getLogger("train_dreambooth_s2ft")
 

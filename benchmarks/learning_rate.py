@@ -32,14 +32,15 @@ from PIL import Image
 import s2ft_diffusion  # noqa: F401
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion import toybox
-from s2ft_diffusion.dreambooth.draws import seeded
+from s2ft_diffusion.seeding import seeded
 from s2ft_diffusion.toybox.captions import describe
 from s2ft_diffusion.toybox.pretrain import to_tensor
 from s2ft_diffusion.toybox.subjects import SUBJECTS, Subject
 from s2ft_diffusion.toybox.world import BACKGROUNDS, random_scene, render
 
+PRESETS = ("default", "paper")
 DEVELOPMENT = ("perk", "trek")
-RATES = {"default": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "paper": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)}
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 HELD_OUT = 3_000_000
 DRAWS = 8
 
@@ -118,7 +119,7 @@ def trained(subject: Subject, preset: str, rate: float, steps: int, flags: list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("docs/results/learning-rate.json"))
-    parser.add_argument("--presets", nargs="+", default=list(RATES))
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--label", default="", help="names a variant given by further flags")
     parser.add_argument("--rates", nargs="+", type=float, help="instead of the built-in ones")
@@ -128,7 +129,7 @@ def main() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(toybox.base_path())
     base = {name: losses(pipe, SUBJECTS[name]) for name in DEVELOPMENT}
     for preset in args.presets:
-        for rate in args.rates or RATES[preset]:
+        for rate in args.rates or RATES:
             for name in DEVELOPMENT:
                 if (preset, args.label, name, rate, args.steps) in done:
                     continue

@@ -22,6 +22,7 @@ class S2FTType(str, Enum):  # noqa: UP042
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "n_frequency": 8000,
+        "scaling": 100.0,  # the paper does not say; docs/learning-rate.md
         "coefficients": "real",
         "norm": "backward",
         "distance": "euclidean",

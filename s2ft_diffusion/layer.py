@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from typing import Any
 
@@ -13,16 +12,11 @@ from torch import nn
 
 from .config import S2FTConfig
 from .rearrange import Rearrangement
+from .seeding import seeded
 from .spectrum import SpectrumIndex, count_positions, delta_weight, index_spectrum, sample_positions
 
 # A fused change that its own rounding alters by more than this share is worth a warning.
 FUSE_ROUNDING_LIMIT = 0.05
-
-
-def layer_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator of one layer's own: a layer's draws do not depend on which others are adapted."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class SpectralDelta(nn.Module):
@@ -139,7 +133,7 @@ class S2FTLayer(BaseTunerLayer):
                 shape,
                 kind=config.coefficients,
                 sampling="low_frequency" if config.sampling == "power" else config.sampling,
-                generator=layer_generator(config.seed, name),
+                generator=seeded(config.seed, name),
                 name=name,
             )
         self.s2ft_delta[adapter_name] = SpectralDelta(shape, config, positions)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
-from .layer import S2FTLayer, layer_generator
+from .layer import S2FTLayer
 from .rearrange import Rearrangement, find_rearrangement
+from .seeding import seeded
 from .spectrum import sample_positions
 
 Estimate = Literal["gradient", "normalized", "full"]
@@ -121,7 +122,7 @@ def place_from_prior(
 
 
 def _derive(name: str, prior: torch.Tensor, config: Any, count: int) -> tuple[torch.Tensor, Rearrangement]:
-    generator = layer_generator(config.seed, name)
+    generator = seeded(config.seed, name)  # a layer's draws do not depend on which others are adapted
     if config.rearrange == "none":
         rearrangement = Rearrangement.identity(*prior.shape)
     else:

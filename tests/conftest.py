@@ -16,7 +16,7 @@ from torch import nn
 
 import s2ft_diffusion  # noqa: F401  (installs the pipeline verbs)
 from s2ft_diffusion import toybox
-from s2ft_diffusion.dreambooth.draws import seeded
+from s2ft_diffusion.seeding import seeded
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -46,8 +46,16 @@ def train_here(photos: Path, output: Path, *more: str) -> Path:
 
 def test_end_to_end(photos, tmp_path, pipe) -> None:
     output = tmp_path / "out"
-    done = run(photos, output, "--max_train_steps", "20", "--validation_prompt", "a photo of sks dog",
-               "--num_validation_images", "1", "--validation_epochs", "4")  # fmt: skip
+    training = ("--max_train_steps", "20", "--learning_rate", "1e-2")
+    validation = (
+        "--validation_prompt",
+        "a photo of sks dog",
+        "--num_validation_images",
+        "1",
+        "--validation_epochs",
+        "4",
+    )
+    done = run(photos, output, *training, *validation)
     assert done.returncode == 0, done.stderr
     for line in ("'a photo of sks my dog'", "load: ", "estimate: ", "rearrange: ", "train: 20 steps", "validate: ",
                  "save: ", "pipe.load_s2ft_weights("):  # fmt: skip
@@ -321,7 +329,16 @@ def test_diffusers_spelling_of_the_folder(photos) -> None:
 @pytest.mark.skipif(not (SHARED / "dreambooth" / "cat").is_dir(), reason="needs the real photos beside the project")
 def test_real_photos(tmp_path, pipe) -> None:
     output = tmp_path / "cat"
-    path = train_here(SHARED / "dreambooth" / "cat", output, "--max_train_steps", "40", "--train_batch_size", "4")
+    path = train_here(
+        SHARED / "dreambooth" / "cat",
+        output,
+        "--max_train_steps",
+        "40",
+        "--train_batch_size",
+        "4",
+        "--learning_rate",
+        "1e-2",
+    )
     report = json.loads((output / "training.json").read_text())
     assert report["loss_last"] < report["loss_first"]
     base = generate(pipe)

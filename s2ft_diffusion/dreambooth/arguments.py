@@ -129,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 # What measured best on the embedded base for each preset: see docs/learning-rate.md.
 MEASURED = {
-    "default": {"learning_rate": 1e-2, "scaling": 1.0, "estimate": "normalized"},
-    "paper": {"learning_rate": 1e-1, "scaling": 100.0, "estimate": "gradient"},
+    "default": {"learning_rate": 1e-3, "estimate": "normalized"},
+    "paper": {"learning_rate": 1e-3, "estimate": "gradient"},
 }
 DEFAULT_STEPS = 500
 
@@ -138,7 +138,7 @@ DEFAULT_STEPS = 500
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; raises InputError for flags that contradict each other.
 
-    Fills in what depends on other flags: prompt, preset's learning rate and scaling, steps.
+    Fills in what depends on other flags: the prompt, and the preset's learning rate and estimate.
     """
     args = build_parser().parse_args(argv)
     args.prompt_was_given = args.instance_prompt is not None
@@ -167,7 +167,7 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     for name in ("learning_rate", "scaling", "max_grad_norm"):
-        if not getattr(args, name) > 0:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} must be above 0, got {getattr(args, name)}.")
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         raise InputError("--max_train_steps and --num_train_epochs contradict each other; give one.")

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
+from ..seeding import seeded
 from .base import BasePlan
-from .draws import seeded
 from .images import find_images
 
 

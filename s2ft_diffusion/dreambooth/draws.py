@@ -7,11 +7,12 @@ processes equal to one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from ..seeding import seeded
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,6 @@ class Draw:
     flip: bool
     posterior_noise: torch.Tensor
     noise: torch.Tensor
-
-
-def seeded(*key: object) -> torch.Generator:
-    """A CPU generator seeded by a hash of `key`."""
-    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def replayed(step: int, total_steps: int) -> int:
