@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What measured best on the embedded base for each preset: see docs/learning-rate.md.
+# What measured best on the embedded base; the paper's rate follows from it: see docs/learning-rate.md.
 MEASURED = {
     "default": {"learning_rate": 1e-3, "estimate": "normalized"},
     "paper": {"learning_rate": 1e-3, "estimate": "gradient"},
