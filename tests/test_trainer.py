@@ -224,7 +224,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypa
             return value * float("nan") if len(calls) > 3 + 4 else value  # 3 estimate draws, 4 good steps
 
     monkeypatch.setattr(recipe, "DiffusionLoss", Breaking)
-    with pytest.raises(recipe.Diverged, match=r"nan at step 5.*checkpoint-4"):
+    with pytest.raises(recipe.Diverged, match=r"not finite at step 5.*checkpoint-4"):
         train_here(photos, tmp_path / "out", "--max_train_steps", "9", "--checkpointing_steps", "2")
     assert read_adapter(tmp_path / "out" / "checkpoint-4" / WEIGHTS_NAME).trainable == 28 * 200
     assert not (tmp_path / "out" / WEIGHTS_NAME).exists()
