@@ -50,6 +50,7 @@ def main() -> None:
         "--output_dir", str(args.output_dir / "adapter"),
         "--overwrite_output_dir",
         "--max_train_steps", str(args.max_train_steps),
+        "--train_batch_size", "4",
         *[flag for flag in args.trainer if flag != "--"],
     ]  # fmt: skip
     print("$", " ".join(["accelerate", *command[1:]]), flush=True)
