@@ -117,7 +117,7 @@ class S2FTConfig(PeftConfig):
     def from_preset(cls, preset: str, **options: Any) -> S2FTConfig:
         """The "paper" or the "default" preset, with `options` on top.
 
-        "paper" is the paper in every choice; "default" is what measured best on the embedded base. The presets do not
+        "paper" is the paper in every choice it states; "default" has this package's additions. The presets do not
         choose `target_modules`: `attention_targets(model, "qv")` is the paper's choice.
         """
         if preset not in PRESETS:
