@@ -1,4 +1,4 @@
-"""The sweep behind the trainer's default learning rates, on the embedded base.
+"""The sweep behind the trainer's default learning rate, scaling and steps, on the embedded base.
 
     python -m benchmarks.learning_rate --json docs/results/learning-rate.json
 
@@ -153,11 +153,15 @@ def main() -> None:
                 )
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"{'preset':10}{'label':14}{'rate':>8}{'photos':>9}{'unseen':>9}{'others':>9}")
-    for preset, label, rate in dict.fromkeys((r["preset"], r["label"], r["rate"]) for r in rows):
-        part = [r for r in rows if (r["preset"], r["label"], r["rate"]) == (preset, label, rate)]
-        means = "".join(f"{np.mean([r[key] for r in part]):9.3f}" for key in ("photos", "unseen", "others"))
-        print(f"{preset:10}{label:14}{rate:8.0e}{means}")
+    print(f"{'preset':10}{'label':14}{'steps':>6}{'rate':>9}{'photos':>9}{'unseen':>9}{'others':>9}")
+
+    def cell(row: dict) -> tuple:
+        return row["preset"], row["label"], row["steps"], row["rate"]
+
+    for preset, label, steps, rate in sorted({cell(row) for row in rows}):
+        part = [row for row in rows if cell(row) == (preset, label, steps, rate)]
+        means = "".join(f"{np.mean([row[key] for row in part]):9.3f}" for key in ("photos", "unseen", "others"))
+        print(f"{preset:10}{label:14}{steps:6}{rate:9.1e}{means}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import S2FTConfig
+from .delta_cache import delta_cache
 from .rearrange import Rearrangement
 from .seeding import seeded
 from .spectrum import SpectrumIndex, count_positions, delta_weight, index_spectrum, sample_positions
@@ -59,7 +60,10 @@ class SpectralDelta(nn.Module):
         self._prepared = None
 
     def _prepare(self) -> tuple[SpectrumIndex, Rearrangement]:
-        """Index tensors derived from the buffers, made anew whenever a buffer has changed or moved."""
+        """Index tensors derived from the buffers, made anew whenever a buffer has changed or moved (in a traced graph:
+        in every call)."""
+        if torch.compiler.is_compiling():
+            return index_spectrum(self.positions, self.shape), self.rearrangement
         buffers = [self.positions, self.row_order, self.column_order, self.row_sign, self.column_sign]
         if self._prepared is not None:
             seen, index, rearrangement = self._prepared
@@ -78,6 +82,21 @@ class SpectralDelta(nn.Module):
             coefficients = coefficients.float()  # no transform exists in half precision
         return delta_weight(coefficients, index, rearrangement, self.norm)
 
+    def kept(self) -> torch.Tensor:
+        """The same weight change, made once and kept until something it depends on has changed.
+
+        Made anew where it could not be kept right: while gradients are on (the coefficients are about to change), while
+        tracing, for weights without version counters, and where hooks bring weights in for the call alone.
+        """
+        if torch.compiler.is_compiling():
+            return self()
+        sources = (self.coefficients, *self.buffers())
+        hooked = self._forward_pre_hooks or "forward" in self.__dict__
+        if torch.is_grad_enabled() or hooked or any(t.is_inference() for t in sources):
+            delta_cache.drop(id(self))
+            return self()
+        return delta_cache.get(self, sources, self)
+
     def extra_repr(self) -> str:
         return f"shape={self.shape}, positions={len(self.positions)}, numbers={self.coefficients.numel()}"
 
@@ -93,7 +112,7 @@ class S2FTLayer(BaseTunerLayer):
     adapter_layer_names = ("s2ft_delta",)
     other_param_names = ("s2ft_config", "s2ft_scaling", "s2ft_weight", "s2ft_passing_scales")
 
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
         linear = self.get_base_layer()
         if not isinstance(linear, nn.Linear):
@@ -108,7 +127,6 @@ class S2FTLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unfused_weight: torch.Tensor | None = None
         self._fused_scales: dict[str, float] = {}
-        self.kwargs = kwargs
 
     @property
     def r(self) -> dict[str, int]:
@@ -201,16 +219,15 @@ class S2FTLinear(nn.Module, S2FTLayer):
         n_frequency: int | float,
         config: S2FTConfig,
         name: str,
-        **kwargs: Any,
     ) -> None:
         super().__init__()
-        S2FTLayer.__init__(self, base_layer, **kwargs)
+        S2FTLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, n_frequency, config, name)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The scaled delta weight (out_features, in_features) of an adapter, in float32."""
-        return self.s2ft_delta[adapter]() * self.effective_scale(adapter)
+        return self.s2ft_delta[adapter].kept() * self.effective_scale(adapter)
 
     def _active_delta(self) -> torch.Tensor | None:
         deltas = [self.get_delta_weight(name) for name in self._active() if self.effective_scale(name) != 0]

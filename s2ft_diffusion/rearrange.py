@@ -44,16 +44,14 @@ class Rearrangement:
         )
 
     @cached_property
-    def _row_place(self) -> torch.Tensor:
-        return torch.argsort(self.row_order)
-
-    @cached_property
-    def _column_place(self) -> torch.Tensor:
-        return torch.argsort(self.column_order)
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.argsort(self.row_order), torch.argsort(self.column_order)
 
     def apply(self, latent: torch.Tensor) -> torch.Tensor:
         """T: a latent matrix (d, k) to the weight change (d, k)."""
-        moved = latent.index_select(0, self._row_place).index_select(1, self._column_place)
+        # A cached property cannot be traced, its function can.
+        rows, columns = type(self)._places.func(self) if torch.compiler.is_compiling() else self._places
+        moved = latent.index_select(0, rows).index_select(1, columns)
         return moved * self.row_sign.to(latent.dtype)[:, None] * self.column_sign.to(latent.dtype)
 
     def invert(self, weight: torch.Tensor) -> torch.Tensor:

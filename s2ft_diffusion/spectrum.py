@@ -57,16 +57,19 @@ def index_spectrum(positions: torch.Tensor, shape: tuple[int, int]) -> SpectrumI
     v = torch.where(mirrored, k - v, v)
     gather = u * columns + v
     # In columns 0 and k/2 the half spectrum holds both conjugates, and the inverse transform wants them both.
-    doubled = ((v == 0) | (2 * v == k)).nonzero().squeeze(1)
+    in_both = (v == 0) | (2 * v == k)
+    everything = torch.arange(len(u), device=positions.device)
+    # A traced graph needs sizes that do not depend on data: there, the others take part with weight 0.
+    doubled = everything if torch.compiler.is_compiling() else everything[in_both]
     conjugate = (-u[doubled] % d) * columns + v[doubled]
     own = torch.stack([torch.full_like(phase, 0.5), 0.5 * phase], dim=1)
-    other = own[doubled] * torch.tensor([1.0, -1.0], device=positions.device)
+    other = own[doubled] * in_both[doubled, None] * torch.tensor([1.0, -1.0], device=positions.device)
     return SpectrumIndex(
         shape=shape,
         gather=gather,
         phase=phase,
         scatter=torch.cat([gather, conjugate]),
-        source=torch.cat([torch.arange(len(u), device=positions.device), doubled]),
+        source=torch.cat([everything, doubled]),
         weight=torch.cat([own, other]),
     )
 

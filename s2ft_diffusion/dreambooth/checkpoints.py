@@ -154,6 +154,13 @@ class Checkpoints:
         self.accelerator.load_state(str(path))
         return _read_state(path)
 
+    def last_good(self) -> str:
+        """A sentence for someone whose run has failed: what can still be used."""
+        present = list_checkpoints(self.output_dir)
+        if not present:
+            return "There is no checkpoint yet; try a lower --learning_rate."
+        return f"The last good checkpoint, {present[-1]}, has an adapter that loads; try a lower --learning_rate."
+
 
 def read_checkpoint_adapter(path: Path) -> Adapter:
     """The adapter of a checkpoint; raises InputError if it is damaged."""

@@ -1,14 +1,37 @@
-"""What a run leaves for others: the model card, and the upload to the hub."""
+"""What a run leaves for others: the adapter's description, the model card, and the upload to the hub."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from PIL import Image
 
-from ..adapter_file import WEIGHTS_NAME, Adapter
+from ..adapter_file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail
+from .arguments import folder_words
+
+
+def describe(args: argparse.Namespace, facts: dict[str, Any], samples: Sequence[Path] = ()) -> AdapterInfo:
+    """What the file says about itself, with the first sample as its thumbnail.
+
+    The date is the day's (or SOURCE_DATE_EPOCH's), so that equal runs make equal files.
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    words = folder_words(args.instance_dir)
+    return AdapterInfo(
+        base_model=args.pretrained_model_name_or_path,
+        instance_prompt=args.instance_prompt,
+        subject=words,
+        class_name=args.class_prompt.removeprefix("a photo of ").removeprefix("a ") if args.class_prompt else words,
+        date=str(date.fromtimestamp(int(epoch)) if epoch else date.today()),
+        training=facts,
+        thumbnail=make_thumbnail(Image.open(samples[0])) if samples else None,
+    )
 
 
 def usage_snippet(base: str, adapter: str) -> str:

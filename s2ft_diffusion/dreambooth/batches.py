@@ -1,0 +1,72 @@
+"""Which draws a process takes: for the estimate, and in every step of training."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+
+from accelerate import Accelerator
+
+from .arguments import DEFAULT_STEPS
+from .draws import Draw, DrawStream, process_slots, replayed
+from .loss import LatentSource
+
+Sample = tuple[Draw, LatentSource, str, float]
+
+
+def images_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """Instance images that one optimizer step sees, over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def steps_per_epoch(args: argparse.Namespace, images: int, accelerator: Accelerator) -> int:
+    return math.ceil(images / images_per_step(args, accelerator))
+
+
+def total_steps(args: argparse.Namespace, images: int, accelerator: Accelerator) -> int:
+    if args.num_train_epochs is None:
+        return args.max_train_steps or DEFAULT_STEPS
+    return args.num_train_epochs * steps_per_epoch(args, images, accelerator)
+
+
+def estimate_batches(
+    args: argparse.Namespace, stream: DrawStream, source: LatentSource, accelerator: Accelerator
+) -> list[list[Sample]]:
+    """One draw a batch, shared out over the processes; for "full", each step's batch has one draw of every image, and
+    every process takes the same steps (Adam does not mind that their gradients are added)."""
+    draws = stream.stratified(args.estimate_draws)
+    size = stream.count if args.estimate == "full" else 1
+    batches = [draws[i : i + size] for i in range(0, len(draws), size)]
+    if args.estimate != "full":
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
+    return [[(draw, source, args.instance_prompt, 1.0) for draw in batch] for batch in batches]
+
+
+def training_batches(
+    args: argparse.Namespace,
+    step: int,
+    steps: int,
+    streams: Sequence[DrawStream],
+    sources: Sequence[LatentSource],
+    accelerator: Accelerator,
+) -> Iterator[list[Sample]]:
+    """The micro-batches of one optimizer step for this process; with class images, each has as many of both."""
+    prompts = (args.instance_prompt, args.class_prompt)
+    weights = (2.0, 2.0 * args.prior_loss_weight) if len(sources) == 2 else (1.0,)
+    for micro in range(args.gradient_accumulation_steps):
+        slots = list(
+            process_slots(
+                replayed(step, steps),
+                micro,
+                args.train_batch_size,
+                args.gradient_accumulation_steps,
+                accelerator.num_processes,
+                accelerator.process_index,
+            )
+        )
+        yield [
+            (stream.sample(number), source, prompt, weight)
+            for stream, source, prompt, weight in zip(streams, sources, prompts, weights, strict=False)
+            for number in slots
+        ]

@@ -1,0 +1,90 @@
+"""The process around the recipe: logging, the accelerator, Ctrl-C, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from .errors import Diverged, InputError, Interrupted
+
+CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.model")
+
+
+def set_up_logging() -> None:
+    """The recipe's own lines on standard output; libraries speak up for warnings only."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The accelerator that the flags ask for; in all processes but the first, only warnings are logged from here on."""
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The type that frozen weights are kept in under the run's mixed precision."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+class deferred_interrupt:
+    """Within the block, Ctrl-C and SIGTERM wait for whoever asks: what `with` gives says whether one came."""
+
+    def __enter__(self) -> Callable[[], bool]:
+        self.came = False
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return lambda: self.came
+
+    def _note(self, number: int, frame: object) -> None:
+        self.came = True
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def exit_codes(program: str) -> Iterator[None]:
+    """Turn the ways a run can end early into one line on standard error and an exit code.
+
+    2 for bad input, 1 for a loss that is not finite, 130 for Ctrl-C, as shells have it.
+    """
+    try:
+        yield
+    except InputError as error:
+        message, code = f"error: {error}", 2
+    except Diverged as error:
+        message, code = str(error), 1
+    except Interrupted as error:
+        message, code = f"{error} Go on with --resume_from_checkpoint latest.", 130
+    except KeyboardInterrupt:
+        message, code = "stopped; what was written so far is complete.", 130
+    else:
+        return
+    print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(code)

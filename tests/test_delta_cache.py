@@ -1,0 +1,104 @@
+"""Delta weights are made once while nothing changes, and never stale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import inject_adapter_in_model
+
+from s2ft_diffusion import S2FTConfig, SpectralDelta
+from s2ft_diffusion.delta_cache import DeltaCache, delta_cache
+
+
+@pytest.fixture
+def layer(two_layers, monkeypatch):
+    """An adapted layer, with a count of the transforms done in `layer.transforms`."""
+    inject_adapter_in_model(S2FTConfig(target_modules=["first"], n_frequency=40, init_weights=False), two_layers)
+    two_layers.first.transforms = []
+    original = SpectralDelta.forward
+
+    def counting(self):
+        two_layers.first.transforms.append(1)
+        return original(self)
+
+    monkeypatch.setattr(SpectralDelta, "forward", counting)
+    return two_layers.first
+
+
+def reference(layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        return layer(x).detach()
+
+
+@torch.no_grad()
+def test_made_once_without_gradients(layer) -> None:
+    x = torch.randn(3, 12)
+    first = layer(x)
+    for scale in (1.0, 0.5, 1.0):
+        layer.set_scale("default", scale)
+        again = layer(x)
+    assert len(layer.transforms) == 1
+    assert torch.equal(again, first)
+    assert torch.equal(first, reference(layer, x))
+
+
+@pytest.mark.parametrize("change", ["in place", "optimizer", "load", "assign", "positions", "convert"])
+def test_never_stale(layer, change) -> None:
+    x = torch.randn(3, 12)
+    delta = layer.s2ft_delta["default"]
+    with torch.no_grad():
+        before = layer(x)
+        if change == "in place":
+            delta.coefficients.mul_(2)
+        elif change == "load":
+            delta.load_state_dict({**delta.state_dict(), "coefficients": delta.coefficients * 2})
+        elif change == "assign":
+            delta.coefficients.data = delta.coefficients.data * 2
+        elif change == "positions":
+            delta.positions.copy_(delta.positions.flip(0))
+        elif change == "convert":
+            layer.half().float()
+    if change == "optimizer":
+        layer(x).sum().backward()
+        torch.optim.SGD(delta.parameters(), lr=1.0).step()
+    with torch.no_grad():
+        after = layer(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, reference(layer, x))
+
+
+@torch.no_grad()
+def test_nothing_is_kept_while_training(layer) -> None:
+    delta_cache.clear()
+    layer(torch.randn(3, 12))
+    assert delta_cache.bytes == 16 * 12 * 4
+    with torch.enable_grad():
+        layer(torch.randn(3, 12))
+    assert delta_cache.bytes == 0
+
+
+def test_budget_drops_what_was_used_longest_ago() -> None:
+    class Owner:
+        pass
+
+    cache, owners, made = DeltaCache(budget=80), [Owner() for _ in range(4)], []
+
+    def get(i: int) -> None:
+        source = torch.zeros(1) if i not in sources else sources[i]
+        sources[i] = source
+        cache.get(owners[i], [source], lambda: made.append(i) or torch.zeros(10))  # 40 bytes
+
+    sources: dict[int, torch.Tensor] = {}
+    for i in (0, 1, 0, 2, 0, 1):
+        get(i)
+    assert made == [0, 1, 2, 1]
+    assert cache.bytes == 80
+    cache.budget = 40
+    assert cache.bytes == 40
+    get(1)
+    assert made == [0, 1, 2, 1]
+    owners.pop(1)
+    assert cache.bytes == 0
+    cache.budget = 8  # too small for any
+    get(0)
+    assert cache.bytes == 0
