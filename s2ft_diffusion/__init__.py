@@ -1,7 +1,7 @@
 """S2FT for diffusers: subject-driven fine-tuning in a sparse spectrum, as a PEFT method and pipeline verbs."""
 
 from . import pipeline, toybox
-from .adapter_file import AdapterFileError, AdapterInfo, read_adapter, read_info, write_adapter
+from .adapter_file import AdapterFileError, AdapterHeader, AdapterInfo, read_adapter, read_header, write_adapter
 from .attention import attention_targets
 from .config import S2FTConfig
 from .layer import S2FTLayer, S2FTLinear, SpectralDelta
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "AdapterHeader",
     "AdapterInfo",
     "Rearrangement",
     "S2FTConfig",
@@ -26,7 +27,7 @@ __all__ = [
     "pipeline",
     "place_from_prior",
     "read_adapter",
-    "read_info",
+    "read_header",
     "toybox",
     "write_adapter",
 ]

@@ -20,6 +20,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -220,14 +221,26 @@ def _encode(layer: LayerWeights, dtype: type) -> dict[str, np.ndarray]:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def read_info(path: str | os.PathLike) -> tuple[AdapterInfo, dict[str, Any]]:
-    """What a file's header says: its info, and its configs and shapes by component. No tensor is read.
+@dataclass(frozen=True)
+class AdapterHeader:
+    """What a file's header says: its info, configs and layer shapes by component, and its real trainable numbers."""
 
-    Raises AdapterFileError as `read_adapter` does.
+    info: AdapterInfo
+    configs: dict[str, dict[str, Any]]
+    shapes: dict[str, dict[str, tuple[int, int]]]
+    trainable: int
+
+
+def read_header(path: str | os.PathLike) -> AdapterHeader:
+    """Read a file's header alone: no tensor is read.
+
+    Raises AdapterFileError as `read_adapter` does, for what can be seen there.
     """
     with _open(path) as file:
         header = _header(path, file.metadata())
-        return _info(path, header), {"config": header["config"], "shapes": header["shapes"]}
+        sizes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".coefficients")]  # noqa: SIM118
+        shapes = {c: {name: tuple(shape) for name, shape in layers.items()} for c, layers in header["shapes"].items()}
+        return AdapterHeader(_info(path, header), header["config"], shapes, sum(map(math.prod, sizes)))
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:

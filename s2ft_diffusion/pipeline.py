@@ -80,7 +80,7 @@ def load_s2ft_weights(
         adapter = adapter_from_peft(source, config, _denoiser_name(components))
         label = "state dict"
     else:
-        path = _resolve(source, weight_name=weight_name, subfolder=subfolder, revision=revision, token=token)
+        path = find_adapter_file(source, weight_name=weight_name, subfolder=subfolder, revision=revision, token=token)
         label = str(path)
         adapter = _read_peft(path, components) if _is_peft(path) else read_adapter(path)
     used = {name for model in components.values() for name in getattr(model, "peft_config", {})}
@@ -199,15 +199,25 @@ def _denoiser_name(components: Mapping[str, nn.Module]) -> str:
 
 def check_fits(adapter: Adapter, components: Mapping[str, nn.Module], label: str) -> None:
     """Raise AdapterFileError unless every layer of the adapter has its linear layer of equal shape in the models."""
-    for component, layers in adapter.layers.items():
+    shapes = {c: {name: layer.shape for name, layer in layers.items()} for c, layers in adapter.layers.items()}
+    check_shapes(shapes, components, label, adapter.info.base_model)
+
+
+def check_shapes(
+    shapes: Mapping[str, Mapping[str, tuple[int, int]]],
+    components: Mapping[str, nn.Module],
+    label: str,
+    base_model: str | None = None,
+) -> None:
+    """`check_fits` for the shapes (d, k) of layers by component, as a file's header has them."""
+    trained_on = base_model or "another model"
+    for component, layers in shapes.items():
         if component not in components:
             raise AdapterFileError(f"{label}: the adapter is for a {component!r}, which this pipeline does not have.")
         model = components[component]
-        trained_on = adapter.info.base_model or "another model"
-        for name, layer in layers.items():
+        for name, (d, k) in layers.items():
             linear = _linear(model, name)
             where = f"{component}.{name}"
-            d, k = layer.shape
             if linear is not None and _in_fused_attention(model, name):
                 raise AdapterFileError(f"{label}: {where} has fused projections; call unfuse_qkv_projections() first.")
             if linear is None:
@@ -215,7 +225,7 @@ def check_fits(adapter: Adapter, components: Mapping[str, nn.Module], label: str
                     f"{label}: the adapter was trained on {trained_on} with a {d}x{k} layer at {where}, "
                     "this model has no linear layer there."
                 )
-            if (linear.out_features, linear.in_features) != layer.shape:
+            if (linear.out_features, linear.in_features) != (d, k):
                 raise AdapterFileError(
                     f"{label}: the adapter was trained on {trained_on} with {d}x{k} at {where}, "
                     f"this model has {linear.out_features}x{linear.in_features}."
@@ -317,15 +327,18 @@ def _offloading_paused(pipeline: DiffusionPipeline) -> Iterator[None]:
 # Sources -------------------------------------------------------------------------------------------------------------
 
 
-def _resolve(
+def find_adapter_file(
     source: str | os.PathLike,
     *,
-    weight_name: str | None,
-    subfolder: str | None,
-    revision: str | None,
-    token: str | bool | None,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Path:
-    """The file that a path or a repository name means."""
+    """The file that a path or a repository name means; one on the hub is downloaded.
+
+    Raises AdapterFileError where there is none, and OSError where the hub cannot be reached or has none.
+    """
     path = Path(source)
     if path.is_file():
         return path

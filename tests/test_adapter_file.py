@@ -24,7 +24,7 @@ from s2ft_diffusion.adapter_file import (
     LayerWeights,
     make_thumbnail,
     read_adapter,
-    read_info,
+    read_header,
     write_adapter,
 )
 from s2ft_diffusion.rearrange import find_rearrangement
@@ -97,10 +97,11 @@ def test_header_alone_tells_a_gallery_everything(tmp_path) -> None:
     adapter.info.thumbnail = make_thumbnail(Image.fromarray(noise))
     assert len(adapter.info.thumbnail) <= THUMBNAIL_BYTES
     write_adapter(tmp_path / "a", adapter)
-    info, rest = read_info(tmp_path / "a")
-    assert info == adapter.info
-    assert rest["shapes"]["unet"]["blocks.0.to_q"] == [24, 17]
-    assert rest["config"]["unet"]["n_frequency"] == 60
+    header = read_header(tmp_path / "a")
+    assert header.info == adapter.info
+    assert header.shapes["unet"]["blocks.0.to_q"] == (24, 17)
+    assert header.configs["unet"]["n_frequency"] == 60
+    assert header.trainable == adapter.trainable
 
 
 def test_size_and_reading_time_at_stable_diffusion_scale(tmp_path) -> None:

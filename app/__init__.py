@@ -1,0 +1,1 @@
+"""The Gradio app: browse adapters, generate, compare, train, look inside. Run as `python -m app`."""

@@ -1,0 +1,471 @@
+"""What the page's buttons do, and what the API's endpoints are: methods of `App`, whose docstrings document both."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import queue
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from PIL import Image
+
+from . import compare, inspection, limits
+from .engine import Cancelled, Engine, Listener, Settings
+from .history import History, load_png, settings_of
+from .library import Entry, Library, plain
+from .limits import RequestError
+from .training import UNFINISHED, TrainingQueue
+
+logger = logging.getLogger("app")
+NONE = ""  # the id of no adapter
+
+
+def polite(action: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors into messages: those meant for the person as they are, all others without their details."""
+
+    def translate(error: Exception) -> gr.Error:
+        if isinstance(error, RequestError):
+            return gr.Error(str(error), print_exception=False)
+        logger.exception("%s failed", action.__name__)
+        return gr.Error("Something went wrong here; the server's log says what.", print_exception=False)
+
+    @wraps(action)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return action(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise translate(error) from None
+
+    @wraps(action)
+    def iterate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            yield from action(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise translate(error) from None
+
+    return iterate if inspect.isgeneratorfunction(action) else run
+
+
+@dataclass
+class App:
+    """Everything the page's buttons do."""
+
+    engine: Engine
+    library: Library
+    history: History
+    trainings: TrainingQueue | None = None
+
+    def __post_init__(self) -> None:
+        self._cancels: dict[str, threading.Event] = {}
+        self._downloads = Path(tempfile.mkdtemp(prefix="s2ft-app-"))
+
+    # Library
+
+    def list_adapters(self, words: str = "", sort: str = "newest") -> list[dict[str, Any]]:
+        """The adapters that are there, by what their headers say; looks for new files first.
+
+        Args:
+            words: only adapters in whose name, subject, prompt or base all these words occur.
+            sort: "newest", "name", "smallest" or "fewest numbers".
+        """
+        self.library.refresh()
+        found = self.library.search(limits.text("The search", words, 200), sort)
+        return [entry.summary() for entry in found]
+
+    def gallery(self, words: str, sort: str) -> tuple[list[tuple[Image.Image, str]], list[str]]:
+        """The library's tiles with captions, and their ids."""
+        self.library.refresh()
+        found = self.library.search(limits.text("The search", words, 200), sort)
+        return [(entry.picture(), _caption(entry)) for entry in found], [entry.id for entry in found]
+
+    def details(self, adapter: str) -> str:
+        """An adapter's header as Markdown; also of one that cannot be used."""
+        found = [entry for entry in self.library.search() if entry.id == adapter]
+        return _details(found[0]) if found else ""
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Labels and ids for a dropdown."""
+        return [("none", NONE), *self.library.choices()]
+
+    def prompt_of(self, adapter: str) -> str:
+        """An adapter's instance prompt, "" where it says none."""
+        return (self.library.get(adapter).info.instance_prompt or "") if adapter else ""
+
+    def upload_adapter(self, file: str) -> dict[str, Any]:
+        """Add a .safetensors adapter to the library, if it passes the strict reader and fits the base.
+
+        Args:
+            file: the file to upload.
+        """
+        if not file:
+            raise RequestError("Choose a file first.")
+        return self.library.add(Path(file)).summary()
+
+    def download_adapter(self, adapter: str) -> str:
+        """The file of an adapter.
+
+        Args:
+            adapter: its id.
+        """
+        entry = self.library.get(adapter)
+        folder = Path(tempfile.mkdtemp(dir=self._downloads))
+        safe = "".join(c if c.isalnum() else "-" for c in entry.name).strip("-") or "adapter"
+        return str(shutil.copyfile(entry.path, folder / f"{safe}.safetensors"))
+
+    # Generate
+
+    def generate(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        adapter: str,
+        strength: float,
+        second_adapter: str,
+        second_strength: float,
+        steps: float,
+        guidance: float,
+        seed: float,
+        images: float,
+        scheduler: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio wants it)
+    ) -> Iterator[tuple[Any, Any, str]]:
+        """Generate images, each a PNG that carries its settings.
+
+        Args:
+            prompt: what to show.
+            negative_prompt: what not to show.
+            adapter: id of an adapter, or "" for the base alone.
+            strength: 0 to 1.5.
+            second_adapter: id of an adapter to mix in, or "".
+            second_strength: 0 to 1.5.
+            steps: denoising steps, 1 to 100.
+            guidance: classifier-free guidance, 0 to 30.
+            seed: of the first image; each further one has the next.
+            images: 1 to 8.
+            scheduler: one of the schedulers' names.
+        """
+        settings = Settings.checked(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            adapters=((adapter, strength), (second_adapter, second_strength)),
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            images=images,
+            scheduler=scheduler,
+        )
+        made: list[tuple[Image.Image, str]] = []
+        user = _user(request)
+
+        def work(listener: Listener) -> Iterator[Image.Image]:
+            return self.engine.iterate(settings, self.library, listener)
+
+        for done, total, preview, image in self._watched(work, request):
+            shown: Any = gr.skip()  # what has not changed is not sent again
+            if image is not None:
+                self.history.save(image, user)
+                made.append((image, f"seed {settings.single(len(made)).seed}"))
+                shown = made
+            else:
+                progress((done, total), desc="denoising", unit="steps")
+            yield preview if preview is not None else gr.skip(), shown, f"step {done} of {total}"
+        yield None, made, f"{len(made)} of {settings.images} images" if len(made) < settings.images else "done"
+
+    def _watched(
+        self, work: Callable[[Listener], Iterator[Image.Image]], request: gr.Request
+    ) -> Iterator[tuple[int, int, Image.Image | None, Image.Image | None]]:
+        """Run a generation in a thread of its own; gives steps done, steps in all, a preview or a finished image.
+
+        The thread gives its pipeline back by itself, whatever becomes of the page that asked.
+        """
+        events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        cancel = threading.Event()
+        session = request.session_hash or secrets.token_hex(8)
+        self._cancels[session] = cancel
+        listener = Listener(
+            on_step=lambda done, total, preview: events.put(("step", (done, total, preview))),
+            cancelled=cancel.is_set,
+            previews=True,
+        )
+
+        def run() -> None:
+            try:
+                for image in work(listener):
+                    events.put(("image", image))
+                events.put(("end", None))
+            except BaseException as error:
+                events.put(("error", error))
+
+        threading.Thread(target=run, name="generate", daemon=True).start()
+        done, total = 0, 1
+        try:
+            while True:
+                kind, value = events.get()
+                if kind == "step":
+                    done, total, preview = value
+                    yield done, total, preview, None
+                elif kind == "image":
+                    yield done, total, None, value
+                elif kind == "end" or isinstance(value, Cancelled):
+                    return
+                else:
+                    raise value
+        finally:
+            cancel.set()
+            if self._cancels.get(session) is cancel:
+                del self._cancels[session]
+
+    def cancel(self, request: gr.Request) -> str:
+        """Stop the generation of this session; images that are finished stay."""
+        event = self._cancels.get(request.session_hash or "")
+        if event is None:
+            return "nothing to cancel"
+        event.set()
+        return "cancelled"
+
+    # History
+
+    def list_history(self, request: gr.Request) -> tuple[list[tuple[Image.Image, str]], list[str]]:
+        """The latest images that were made here, the newest first, with their ids."""
+        shown, ids = [], []
+        for path in self.history.latest(_user(request)):
+            try:
+                image = load_png(path)
+                prompt = settings_of(image).prompt
+            except (OSError, RequestError):
+                continue
+            shown.append((image, prompt[:60]))
+            ids.append(path.stem)
+        return shown, ids
+
+    def image_settings(self, image: str, request: gr.Request) -> dict[str, Any]:
+        """The settings that an image of the history was made with.
+
+        Args:
+            image: its id.
+        """
+        return json.loads(settings_of(self.history.open(_user(request), image)).to_json())
+
+    # Compare
+
+    def compare(
+        self,
+        prompt: str,
+        adapter: str,
+        second_adapter: str,
+        strengths: str,
+        steps: float,
+        guidance: float,
+        seed: float,
+        seeds: float,
+        scheduler: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Image.Image:
+        """The same seeds side by side: the base, each adapter at each strength, and both together.
+
+        Args:
+            prompt: what to show.
+            adapter: id of an adapter.
+            second_adapter: id of another, or "".
+            strengths: numbers from 0 to 1.5, separated by commas; at most six.
+            steps: denoising steps, 1 to 100.
+            guidance: classifier-free guidance, 0 to 30.
+            seed: of the first row; each further one has the next.
+            seeds: rows, 1 to 4.
+            scheduler: one of the schedulers' names.
+        """
+        values = parse_strengths(strengths)
+        settings = Settings.checked(
+            prompt=prompt,
+            adapters=((adapter, 1.0), (second_adapter, 1.0)),
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            images=limits.whole("The number of seeds", seeds, (1, 4)),
+            scheduler=scheduler,
+        )
+        if not settings.adapters:
+            raise RequestError("Choose an adapter to compare.")
+        columns = compare.variants(settings, self.library, values)
+
+        def work(listener: Listener) -> Iterator[Image.Image]:
+            yield compare.compare(self.engine, self.library, columns, listener)
+
+        for done, total, _, image in self._watched(work, request):
+            if image is not None:
+                return image
+            progress((done, total), desc="denoising", unit="steps")
+        raise RequestError("Cancelled.")
+
+    # Train
+
+    def train(
+        self, photos: list[str], subject: str, class_name: str, steps: float, n_frequency: float, request: gr.Request
+    ) -> dict[str, Any]:
+        """Queue the training of an adapter; `training_status` says how it goes.
+
+        Args:
+            photos: 3 to 20 images of the subject.
+            subject: its name, for the library.
+            class_name: what it is, such as "dog"; the prompt becomes "a photo of sks dog".
+            steps: optimizer steps, 10 to 5000.
+            n_frequency: trainable numbers a layer.
+        """
+        job = self._trainings.submit(
+            [Path(photo) for photo in photos or []], subject, class_name, steps, n_frequency, _user(request)
+        )
+        return self._status(job.id, request)
+
+    def training_status(self, job: str, request: gr.Request) -> dict[str, Any]:
+        """How a training stands: its state, finished phases, loss by step, and the id of its adapter when done.
+
+        Args:
+            job: its id; "" for the latest.
+        """
+        return self._status(job, request)
+
+    def cancel_training(self, job: str, request: gr.Request) -> dict[str, Any]:
+        """Stop a training, waiting or running.
+
+        Args:
+            job: its id; "" for the latest.
+        """
+        status = self._status(job, request)
+        if status["job"]:
+            self._trainings.cancel(self._trainings.get(status["job"], _user(request)))
+        return self._status(job, request)
+
+    @property
+    def _trainings(self) -> TrainingQueue:
+        if self.trainings is None:
+            raise RequestError("Training is switched off here.")
+        return self.trainings
+
+    def _status(self, name: str, request: gr.Request) -> dict[str, Any]:
+        user = _user(request)
+        job = self._trainings.get(name, user) if name else self._trainings.latest(user)
+        if job is None:
+            return {"job": None, "state": "none"}
+        progress = self._trainings.progress(job)
+        return {
+            "job": job.id,
+            "subject": job.subject,
+            "state": job.state,
+            "message": job.message,
+            "before": self._trainings.place(job) if job.state == "waiting" else 0,
+            "phases": progress.phases,
+            "phase": progress.phase if job.state == "running" else None,
+            "steps": progress.steps,
+            "losses": [[step, loss] for step, loss in sorted(progress.losses.items())],
+            "adapter": job.adapter,
+        }
+
+    def show_training(self, name: str, request: gr.Request) -> tuple[str, pd.DataFrame, list[Image.Image], dict, dict]:
+        """What the Train tab shows of a job: words, the loss curve, samples, whether to go on looking, the button."""
+        status = self._status(name, request)
+        active = status["state"] in UNFINISHED
+        losses = pd.DataFrame(status.get("losses", []), columns=["step", "loss"])
+        if len(losses) > 1:
+            losses["loss"] = losses["loss"].ewm(span=max(2, len(losses) // 15)).mean()
+        samples = []
+        if status["job"]:
+            job = self._trainings.get(status["job"], _user(request))
+            for path in self._trainings.progress(job).samples:
+                try:
+                    samples.append(load_png(path))
+                except OSError:
+                    continue  # being replaced
+        return _training_words(status), losses, samples, gr.Timer(active=active), gr.update(interactive=active)
+
+    # Inspect
+
+    def inspect(self, adapter: str, layer: str = "") -> tuple[pd.DataFrame, list[tuple[Image.Image, str]], dict]:
+        """What is in an adapter: the size of each layer's weight change, and one layer's pictures.
+
+        Args:
+            adapter: its id.
+            layer: "component.module"; "" for the layer with the largest change.
+        """
+        entry = self.library.get(adapter)
+        sizes = inspection.energies(entry.path)
+        names = [name for name, _ in sizes]
+        layer = layer if layer in names else max(sizes, key=lambda pair: pair[1])[0]
+        frame = pd.DataFrame({"layer": [_short(name) for name in names], "size": [round(size, 4) for _, size in sizes]})
+        return frame, inspection.pictures(entry.path, layer), gr.update(choices=names, value=layer)
+
+
+def _user(request: gr.Request) -> str | None:
+    return getattr(request, "username", None)
+
+
+def parse_strengths(text: str) -> list[float]:
+    """ "0.5, 1" to numbers; raises RequestError."""
+    try:
+        values = [float(part) for part in limits.text("The strengths", text, 100).replace(";", ",").split(",") if part]
+    except ValueError:
+        raise RequestError("The strengths must be numbers separated by commas.") from None
+    if not 1 <= len(values) <= 6:
+        raise RequestError("One to six strengths can be compared.")
+    return [limits.number("A strength", value, limits.STRENGTH) for value in values]
+
+
+def _caption(entry: Entry) -> str:
+    if entry.reason:
+        return f"{entry.name} · cannot be used: {entry.reason}"
+    return f"{entry.name} · {entry.bytes / 1e6:.2f} MB · {entry.trainable:,} numbers"
+
+
+def _short(layer: str) -> str:
+    """A layer's name without what all share."""
+    return layer.replace("transformer_blocks", "tb").replace("attentions", "attn").removeprefix("unet.")
+
+
+def _details(entry: Entry) -> str:
+    """The header of an adapter as Markdown."""
+    if entry.reason:
+        return f"### {entry.name}\n\nCannot be used: {entry.reason}"
+    facts = {
+        "prompt": f"`{entry.info.instance_prompt}`" if entry.info.instance_prompt else None,
+        "class": entry.info.class_name,
+        "base": entry.info.base_model,
+        "trained": entry.info.date,
+        "size": f"{entry.bytes:,} bytes",
+        "trainable numbers": f"{entry.trainable:,}",
+        "steps": entry.info.training.get("steps"),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
+    return f"### {entry.name}\n\n| | |\n| --- | --- |\n{rows}"
+
+
+def _training_words(status: dict[str, Any]) -> str:
+    if status["state"] == "none":
+        return "No training yet."
+    lines = [f"### {status['subject']}: {status['state']}"]
+    if status["state"] == "waiting" and status["before"]:
+        lines.append(f"{status['before']} before it.")
+    if status["state"] == "failed":
+        lines.append(status["message"])
+    lines += [f"* **{phase}**: {plain(summary)}" for phase, summary in status["phases"]]
+    if status["phase"]:
+        done = f" step {status['losses'][-1][0]} of {status['steps']}" if status["losses"] else ""
+        lines.append(f"* **{status['phase']}** …{done if status['phase'] == 'train' else ''}")
+    if status["state"] == "done":
+        lines.append("The adapter is in the library.")
+    return "\n\n".join(lines[:1]) + "\n\n" + "\n".join(lines[1:])

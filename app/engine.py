@@ -1,0 +1,258 @@
+"""Generation: one base, any adapter, every request alone with its own settings.
+
+A request leases one pipeline, sets everything on it that the request says (adapters, strengths, scheduler), and gives
+it back; nothing of a request stays behind that the next one does not set. Images are made one by one, each from its own
+seed, so that an image depends on its settings alone: not on the batch it was in, nor on who generated before.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import queue
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from s2ft_diffusion import toybox
+from s2ft_diffusion.adapter_file import AdapterFileError
+from s2ft_diffusion.delta_cache import delta_cache
+
+from . import limits
+from .library import Entry, Library, plain
+from .limits import RequestError
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIM": ("DDIMScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {}),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+}
+KEPT_ADAPTERS = 8
+PREVIEW_SHARE = 0.02  # of the time of a generation may be spent on previews
+
+
+class Cancelled(Exception):
+    """The person who asked does not want the images any more."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything an image depends on. `adapters` are ids with strengths, `seed` that of the first image."""
+
+    prompt: str
+    negative_prompt: str = ""
+    adapters: tuple[tuple[str, float], ...] = ()
+    steps: int = 25
+    guidance: float = 4.0
+    seed: int = 0
+    images: int = 1
+    scheduler: str = "DDIM"
+
+    @classmethod
+    def checked(cls, **values: Any) -> Settings:
+        """From what a client sent; raises RequestError for what is out of bounds."""
+        adapters = []
+        for adapter, strength in values.pop("adapters", ()):
+            if adapter:
+                adapters.append((str(adapter), limits.number("The strength", strength, limits.STRENGTH)))
+        if len({adapter for adapter, _ in adapters}) < len(adapters):
+            raise RequestError("The two adapters are the same one; choose another, or one alone.")
+        if values.get("scheduler") not in SCHEDULERS:
+            raise RequestError(f"The scheduler must be one of {', '.join(SCHEDULERS)}.")
+        return cls(
+            prompt=limits.text("The prompt", values.get("prompt"), limits.PROMPT_LENGTH),
+            negative_prompt=limits.text("The negative prompt", values.get("negative_prompt"), limits.PROMPT_LENGTH),
+            adapters=tuple(adapters),
+            steps=limits.whole("The number of steps", values.get("steps"), limits.STEPS),
+            guidance=limits.number("The guidance", values.get("guidance"), limits.GUIDANCE),
+            seed=limits.whole("The seed", values.get("seed"), (0, limits.SEEDS - 1)),
+            images=limits.whole("The number of images", values.get("images"), limits.IMAGES),
+            scheduler=values["scheduler"],
+        )
+
+    def single(self, number: int) -> Settings:
+        """The settings of image `number` alone."""
+        return replace(self, seed=(self.seed + number) % limits.SEEDS, images=1)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """Raises RequestError for anything but what `to_json` writes."""
+        try:
+            values = json.loads(text)
+            return cls.checked(**values)
+        except (TypeError, ValueError, KeyError, RecursionError) as error:
+            message = str(error) if isinstance(error, RequestError) else "they are damaged"
+            raise RequestError(f"These settings cannot be used: {message}") from None
+
+
+@dataclass
+class Listener:
+    """Told of every denoising step; may ask to stop by setting `cancelled`."""
+
+    on_step: Callable[[int, int, Image.Image | None], None] = lambda done, total, preview: None
+    cancelled: Callable[[], bool] = lambda: False
+    previews: bool = False
+
+
+@dataclass
+class Worker:
+    """One pipeline and the adapters loaded into it, the least recently used first."""
+
+    pipe: StableDiffusionPipeline
+    loaded: OrderedDict[tuple, str] = field(default_factory=OrderedDict)
+
+    def activate(self, wanted: list[tuple[Entry, float]]) -> None:
+        """Make exactly these adapters count, at these strengths."""
+        names = [self._name(entry) for entry, _ in wanted]
+        keep = max(KEPT_ADAPTERS, len(names))
+        while len(self.loaded) > keep:
+            _, oldest = self.loaded.popitem(last=False)
+            self.pipe.delete_adapters(oldest)
+        if names:
+            self.pipe.enable_lora()
+            self.pipe.set_adapters(names, [strength for _, strength in wanted])
+        elif self.loaded:
+            self.pipe.disable_lora()
+
+    def _name(self, entry: Entry) -> str:
+        if entry.state not in self.loaded:
+            name = f"{entry.id}_{time.monotonic_ns()}"
+            self.pipe.load_s2ft_weights(entry.path, adapter_name=name)
+            self.loaded[entry.state] = name
+        self.loaded.move_to_end(entry.state)
+        return self.loaded[entry.state]
+
+
+class Engine:
+    """Pipelines of one base, as many as generations may run at once; each has its own adapters and scheduler."""
+
+    def __init__(self, base: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, pipelines: int = 1):
+        self.base, self.device, self.dtype = base, device, dtype
+        first = load_base(base, device, dtype)
+        self.scheduler_config = dict(first.scheduler.config)
+        self.components: Mapping[str, torch.nn.Module] = {"unet": first.unet, "text_encoder": first.text_encoder}
+        self.size = first.unet.config.sample_size * first.vae_scale_factor
+        self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for number in range(pipelines):
+            self._workers.put(Worker(first if number == 0 else _copy(first)))
+
+    def generate(self, settings: Settings, library: Library, listener: Listener | None = None) -> list[Image.Image]:
+        """The images, each with its settings in `image.info`; waits for a free pipeline.
+
+        Raises RequestError for an adapter that is not there or cannot be used, and for too little memory; Cancelled if
+        the listener says so.
+        """
+        return list(self.iterate(settings, library, listener))
+
+    def iterate(self, settings: Settings, library: Library, listener: Listener | None = None):
+        """`generate`, image by image."""
+        listener = listener or Listener()
+        wanted = [(library.get(adapter), strength) for adapter, strength in settings.adapters]
+        worker = self._workers.get()
+        try:
+            if listener.cancelled():
+                raise Cancelled
+            try:
+                worker.activate(wanted)
+            except (AdapterFileError, OSError) as error:
+                message = plain(str(error), *(entry.path for entry, _ in wanted))
+                raise RequestError(f"The adapter cannot be used: {message}") from None
+            for number in range(settings.images):
+                image = self._one(worker.pipe, settings.single(number), number, settings.images, listener)
+                yield self._signed(image, settings.single(number), wanted)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            delta_cache.clear()
+            gc.collect()
+            if self.device != "cpu":
+                torch.cuda.empty_cache()
+            raise RequestError("There is not enough memory for this; ask for fewer images at once.") from None
+        finally:
+            self._workers.put(worker)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _one(
+        self, pipe: StableDiffusionPipeline, settings: Settings, number: int, images: int, listener: Listener
+    ) -> Image.Image:
+        kind, options = SCHEDULERS[settings.scheduler]
+        pipe.scheduler = getattr(diffusers, kind).from_config(self.scheduler_config, **options)
+        begun, spent, latest = time.perf_counter(), 0.0, 0.0
+
+        def on_step_end(pipe: StableDiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
+            nonlocal spent, latest
+            if listener.cancelled():
+                raise Cancelled
+            preview = None
+            now = time.perf_counter()
+            cost = latest or 0.2 * (now - begun) / (step + 1)  # a guess, until one has been made
+            if listener.previews and step and spent + cost <= PREVIEW_SHARE * (now - begun):
+                preview = _decode(pipe, tensors["latents"])
+                latest = time.perf_counter() - now
+                spent += latest
+            listener.on_step(number * settings.steps + step + 1, images * settings.steps, preview)
+            return tensors
+
+        return pipe(
+            settings.prompt,
+            negative_prompt=settings.negative_prompt or None,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=torch.Generator("cpu").manual_seed(settings.seed),
+            callback_on_step_end=on_step_end,
+        ).images[0]
+
+    def _signed(self, image: Image.Image, settings: Settings, wanted: list[tuple[Entry, float]]) -> Image.Image:
+        """The image with its settings as PNG text: ours under "s2ft", and the line that other programs read."""
+        mixed = "".join(f", S2FT: {entry.name} {strength:g}" for entry, strength in wanted)
+        negative = f"\nNegative prompt: {settings.negative_prompt}" if settings.negative_prompt else ""
+        image.info = {
+            "s2ft": settings.to_json(),
+            "parameters": f"{settings.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, "
+            f"CFG scale: {settings.guidance:g}, Seed: {settings.seed}, Size: {image.width}x{image.height}, "
+            f"Model: {self.base.rstrip('/').rsplit('/', 1)[-1]}{mixed}",
+        }
+        return image
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def load_base(base: str, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """A pipeline of the base, quiet; raises OSError where it cannot be loaded."""
+    location = toybox.base_path() if base == "toybox" else base
+    pipe = StableDiffusionPipeline.from_pretrained(
+        location, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _copy(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A pipeline with adaptable models of its own; what no adapter touches is shared."""
+    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("unet", "text_encoder", "scheduler")}
+    other = StableDiffusionPipeline(**{**pipe.components, **own}, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def _decode(pipe: StableDiffusionPipeline, latents: torch.Tensor) -> Image.Image:
+    decoded = pipe.vae.decode(latents[:1] / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    return pipe.image_processor.postprocess(decoded, output_type="pil")[0]

@@ -1,0 +1,77 @@
+"""Putting the app together and serving it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import gradio as gr
+
+from .actions import App
+from .arguments import ROOT
+from .engine import Engine
+from .history import History
+from .interface import CSS, Page, theme
+from .library import Library
+from .training import TrainingQueue
+
+logger = logging.getLogger("app")
+DEMO_ADAPTERS = Path(__file__).parent / "adapters"
+MADE_BY_DEMO = ROOT / "outputs" / "demo" / "adapter"
+
+
+def build(args: argparse.Namespace) -> tuple[gr.Blocks, App]:
+    """Load the base, look for adapters, build the page; raises OSError for a base that cannot be loaded."""
+    outputs = args.outputs.resolve()
+    engine = Engine(args.base, device=args.device, dtype=args.dtype, pipelines=args.concurrency)
+    sources = list(args.adapters)
+    if not sources and args.base == "toybox":
+        sources = [str(folder) for folder in (MADE_BY_DEMO, DEMO_ADAPTERS) if folder.is_dir()]
+    library = Library(sources, outputs / "adapters", engine.components)
+    trainings = None
+    if not args.no_training:
+        trainings = TrainingQueue(
+            outputs / "trainings", args.base, lambda path: library.add(path).id, device=args.device
+        )
+    app = App(engine, library, History(outputs / "history"), trainings)
+    blocks = Page(app, concurrency=args.concurrency).build()
+    blocks.queue(max_size=args.max_queue, default_concurrency_limit=8)
+    return blocks, app
+
+
+def launch(args: argparse.Namespace, *, block: bool = True) -> tuple[gr.Blocks, App, str]:
+    """Serve; returns the page, the app and the local address (at once if not `block`)."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    blocks, app = build(args)
+    _, address, _ = blocks.launch(
+        server_name=args.host,
+        server_port=args.port or None,
+        root_path=args.root_path,
+        share=args.share,
+        auth=args.auth,
+        max_file_size=f"{args.max_upload_mb}mb",
+        theme=theme(),
+        css=CSS,
+        show_error=False,
+        prevent_thread_lock=True,
+        quiet=True,
+    )
+    usable = len(app.library.choices())
+    logger.info("%s with %d adapters, at %s", args.base, usable, address)
+    if block:
+        try:
+            blocks.block_thread()
+        finally:
+            close(blocks, app)
+    return blocks, app, address
+
+
+def close(blocks: gr.Blocks, app: App) -> None:
+    """Stop serving, and any training under way."""
+    if app.trainings is not None:
+        app.trainings.close()
+    blocks.close(verbose=False)
+    shutil.rmtree(app._downloads, ignore_errors=True)

@@ -1,0 +1,289 @@
+"""Trainings: one at a time, in order, each the real trainer in a process of its own.
+
+A job is a folder: the photos as we encoded them, the trainer's output folder with its `progress.jsonl`, and `job.json`.
+What is shown is read from those files, so that a page can be reloaded and the app restarted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from s2ft_diffusion.adapter_file import WEIGHTS_NAME
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import load_image
+from s2ft_diffusion.dreambooth.phases import PROGRESS_NAME
+
+from . import limits
+from .library import plain
+from .limits import RequestError
+
+TRAINER = Path(__file__).resolve().parents[1] / "train_dreambooth_s2ft.py"
+UNFINISHED = ("waiting", "running")
+PATIENCE = 20.0  # seconds between asking the trainer to stop and stopping it
+
+
+@dataclass
+class Job:
+    """One training: what was asked for, and how it stands ("waiting", "running", "done", "failed", "cancelled")."""
+
+    id: str
+    subject: str
+    class_name: str
+    steps: int
+    n_frequency: int
+    user: str | None = None
+    state: str = "waiting"
+    message: str = ""
+    adapter: str | None = None
+
+
+@dataclass
+class Progress:
+    """How far a job is: finished phases with their summaries, the phase under way, losses by step, sample images."""
+
+    phases: list[tuple[str, str]] = field(default_factory=list)
+    phase: str | None = None
+    steps: int = 0
+    losses: dict[int, float] = field(default_factory=dict)
+    samples: list[Path] = field(default_factory=list)
+
+
+def store_photos(paths: Sequence[Path], folder: Path) -> int:
+    """Check uploaded photos and write them again as PNGs named by us; raises RequestError, and writes nothing then."""
+    low, high = limits.PHOTOS
+    if not low <= len(paths) <= high:
+        raise RequestError(f"{low} to {high} photos are needed, got {len(paths)}.")
+    images = []
+    for number, path in enumerate(paths, start=1):
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > limits.PHOTO_PIXELS:
+                    raise RequestError(f"Photo {number} has more than {limits.PHOTO_PIXELS // 10**6} million pixels.")
+            images.append(load_image(path))
+        except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"Photo {number} is not an image that can be read.") from None
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        image.thumbnail((2048, 2048))
+        image.save(folder / f"{number:02d}.png")
+    return len(images)
+
+
+class TrainingQueue:
+    """Jobs under `folder`; `finished(path)` is told of every new adapter and returns its id."""
+
+    def __init__(self, folder: Path, base: str, finished: Callable[[Path], str], *, device: str = "cpu") -> None:
+        self.folder, self.base, self.finished, self.device = folder, base, finished, device
+        self.jobs: dict[str, Job] = {}
+        self._wake = threading.Condition()
+        self._child: tuple[str, subprocess.Popen] | None = None
+        self._closed = False
+        folder.mkdir(parents=True, exist_ok=True)
+        self._restore()
+        self._thread = threading.Thread(target=self._work, name="training", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, photos: Sequence[Path], subject: Any, class_name: Any, steps: Any, n_frequency: Any, user: str | None
+    ) -> Job:
+        """Queue a training; raises RequestError for input that cannot work."""
+        name = secrets.token_hex(6)
+        job = Job(
+            id=name,
+            subject=limits.text("The subject's name", subject, limits.WORDS_LENGTH, required=True),
+            class_name=limits.text("The class", class_name, limits.WORDS_LENGTH, required=True),
+            steps=limits.whole("The number of steps", steps, limits.TRAIN_STEPS),
+            n_frequency=limits.whole("The numbers a layer", n_frequency, limits.TRAIN_NUMBERS),
+            user=user,
+        )
+        store_photos(photos, self.folder / name / "photos" / _words(job.subject))
+        with self._wake:
+            self.jobs[name] = job
+            self._save(job)
+            self._wake.notify_all()
+        return job
+
+    def latest(self, user: str | None) -> Job | None:
+        """The job to show a user: the one running or waiting, else the last."""
+        own = [job for job in self.jobs.values() if job.user == user]
+        active = [job for job in own if job.state in UNFINISHED]
+        return active[0] if active else own[-1] if own else None
+
+    def get(self, name: object, user: str | None) -> Job:
+        """A user's job by id; raises RequestError."""
+        job = self.jobs.get(name) if isinstance(name, str) else None
+        if job is None or job.user != user:
+            raise RequestError("There is no such training.")
+        return job
+
+    def place(self, job: Job) -> int:
+        """How many jobs come before a waiting one."""
+        return [j.id for j in self.jobs.values() if j.state in UNFINISHED].index(job.id)
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job, waiting or running."""
+        with self._wake:
+            if job.state not in UNFINISHED:
+                return
+            job.state, job.message = "cancelled", "cancelled"
+            self._save(job)
+            if self._child and self._child[0] == job.id:
+                _stop(self._child[1])
+
+    def progress(self, job: Job) -> Progress:
+        """Read how far a job is."""
+        found = Progress(steps=job.steps)
+        try:
+            lines = (self.folder / job.id / "out" / PROGRESS_NAME).read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return found
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # being written
+            if "summary" in event:
+                found.phases.append((event["phase"], plain(event["summary"])))
+                found.phase = None
+            elif "phase" in event:
+                found.phase = event["phase"]
+            elif "step" in event:
+                found.losses[event["step"]] = event["loss"]
+            elif "images" in event:
+                found.samples = [path for path in map(Path, event["images"]) if path.is_file()]
+        return found
+
+    def close(self) -> None:
+        """Stop what is running; it can be seen in its folder that it did not finish."""
+        with self._wake:
+            self._closed = True
+            if self._child:
+                _stop(self._child[1])
+            self._wake.notify_all()
+
+    # The worker
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                waiting = [job for job in self.jobs.values() if job.state == "waiting"]
+                if self._closed:
+                    return
+                if not waiting:
+                    self._wake.wait()
+                    continue
+                job = waiting[0]
+                job.state = "running"
+                self._save(job)
+            try:
+                self._run(job)
+            except Exception as error:  # whatever it is, the next job shall run
+                self._end(job, "failed", f"the training could not be run ({type(error).__name__})")
+
+    def _run(self, job: Job) -> None:
+        folder = self.folder / job.id
+        photos = folder / "photos" / _words(job.subject)
+        prompt = f"a photo of sks {job.class_name}"
+        command = [
+            sys.executable, str(TRAINER),
+            "--pretrained_model_name_or_path", self.base,
+            "--instance_dir", str(photos),
+            "--instance_prompt", prompt,
+            "--output_dir", str(folder / "out"), "--overwrite_output_dir",
+            "--max_train_steps", str(job.steps),
+            "--n_frequency", str(job.n_frequency),
+            "--validation_prompt", prompt, "--num_validation_images", "2",
+            "--validation_epochs", str(max(1, job.steps // (4 * len(list(photos.iterdir()))))),
+            "--adapter_dtype", "float16",
+            "--report_to", "none",
+        ]  # fmt: skip
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        if self.device == "cpu":
+            # The app generates meanwhile: two programs with a thread on every core would stall each other.
+            threads = max(1, (os.cpu_count() or 2) // 2)
+            environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+        with (folder / "log.txt").open("w") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            with self._wake:
+                self._child = (job.id, child)
+                if job.state == "cancelled" or self._closed:
+                    _stop(child)
+            code = child.wait()
+            with self._wake:
+                self._child = None
+        if job.state == "cancelled" or self._closed:
+            return
+        result = folder / "out" / WEIGHTS_NAME
+        if code != 0 or not result.is_file():
+            self._end(job, "failed", _last_words(folder / "log.txt", code))
+            return
+        job.adapter = self.finished(result)
+        self._end(job, "done", "")
+
+    def _end(self, job: Job, state: str, message: str) -> None:
+        with self._wake:
+            if job.state != "cancelled":
+                job.state, job.message = state, message
+            self._save(job)
+
+    # Files
+
+    def _save(self, job: Job) -> None:
+        path = self.folder / job.id / "job.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(job)))
+        os.replace(temporary, path)
+
+    def _restore(self) -> None:
+        for path in sorted(self.folder.glob("*/job.json"), key=lambda p: p.stat().st_mtime):
+            try:
+                job = Job(**json.loads(path.read_text()))
+            except (TypeError, ValueError):
+                continue
+            if job.state in UNFINISHED:
+                job.state, job.message = "failed", "the app was stopped before it was done"
+                self._save(job)
+            self.jobs[job.id] = job
+
+
+def _words(subject: str) -> str:
+    """A folder name of ours that the trainer turns into the subject's words again."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", subject).strip("-") or "subject"
+
+
+def _stop(child: subprocess.Popen) -> None:
+    """Ask first; a trainer that has not stopped after a while is killed."""
+    child.send_signal(signal.SIGINT)
+
+    def insist() -> None:
+        try:
+            child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+    threading.Thread(target=insist, daemon=True).start()
+
+
+def _last_words(log: Path, code: int) -> str:
+    """The trainer's one line of error, without paths of this machine."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]
+    said = next((line for line in reversed(lines) if line.startswith(TRAINER.name) or "Error" in line), "")
+    reason = plain(said.removeprefix(f"{TRAINER.name}: ").removeprefix("error: "))[:300]
+    if code < 0:
+        return f"the trainer was stopped by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return reason or f"the trainer stopped with code {code}"

@@ -1,0 +1,84 @@
+"""Fixtures of the app's tests: a folder of adapters, an engine on the embedded base, and the app served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("gradio")
+
+from app.engine import Engine, Settings
+from app.library import Library
+from s2ft_diffusion import AdapterInfo, S2FTConfig, attention_targets
+from s2ft_diffusion.adapter_file import collect_adapter, make_thumbnail, write_adapter
+from s2ft_diffusion.toybox.subjects import SUBJECTS
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return Engine("toybox")
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory, _base_modules) -> Path:
+    """Three adapters of random coefficients: "cat" and "dog" of the denoiser, "both" of the text encoder too."""
+    import copy
+
+    folder = tmp_path_factory.mktemp("adapters")
+    for number, name in enumerate(("cat", "dog", "both")):
+        torch.manual_seed(number)
+        models = {"unet": copy.deepcopy(_base_modules.unet)}
+        if name == "both":
+            models["text_encoder"] = copy.deepcopy(_base_modules.text_encoder)
+        for model in models.values():
+            model.add_adapter(
+                S2FTConfig(
+                    target_modules=attention_targets(model), n_frequency=200, scaling=1.5, seed=number,
+                    init_weights=False,
+                ),
+                "x",
+            )  # fmt: skip
+        info = AdapterInfo(
+            base_model="toybox",
+            subject=name,
+            instance_prompt=f"a photo of sks {name}",
+            date=f"2026-01-0{number + 1}",
+            thumbnail=make_thumbnail(SUBJECTS["mittens"].photos()[number]),
+        )
+        write_adapter(folder / f"{name}.safetensors", collect_adapter(models, "x", info))
+    return folder
+
+
+@pytest.fixture
+def library(adapters, engine, tmp_path) -> Library:
+    return Library([str(adapters)], tmp_path / "own", engine.components)
+
+
+@pytest.fixture
+def ids(library) -> dict[str, str]:
+    """Ids of the adapters by name."""
+    return {entry.name: entry.id for entry in library.search()}
+
+
+def settings(*adapters: tuple[str, float], **values) -> Settings:
+    values = {"prompt": "a photo of sks cat", "steps": 3, "guidance": 4.0, "seed": 7, "images": 1, **values}
+    values.setdefault("scheduler", "DDIM")
+    return Settings.checked(adapters=adapters, **values)
+
+
+@pytest.fixture(scope="session")
+def served(adapters, tmp_path_factory) -> Iterator[tuple[str, object]]:
+    """The app as `python -m app` serves it, on a free port; gives its address and the `App`."""
+    from app.arguments import parse_arguments
+    from app.server import close, launch
+
+    outputs = tmp_path_factory.mktemp("outputs")
+    args = parse_arguments(
+        ["--adapters", str(adapters), "--outputs", str(outputs), "--port", "0", "--concurrency", "2"]
+    )
+    blocks, app, address = launch(args, block=False)
+    yield address, app
+    close(blocks, app)

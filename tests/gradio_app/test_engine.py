@@ -1,0 +1,181 @@
+"""An image depends on its settings alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from app.engine import SCHEDULERS, Cancelled, Engine, Listener, Settings
+from app.limits import RequestError
+from tests.gradio_app.conftest import settings
+
+
+def same(one: Image.Image, two: Image.Image) -> bool:
+    return one.size == two.size and ImageChops.difference(one, two).getbbox() is None
+
+
+def test_same_settings_same_image_whatever_came_between(engine, library, ids) -> None:
+    wishes = [
+        settings(),
+        settings((ids["cat"], 1.0)),
+        settings((ids["cat"], 0.5)),
+        settings((ids["both"], 1.0)),
+        settings((ids["cat"], 1.0), (ids["dog"], 0.7)),
+        settings((ids["cat"], 1.0), scheduler="Euler a"),
+        settings((ids["cat"], 1.0), negative_prompt="red", guidance=7.0),
+        settings((ids["cat"], 0.0)),
+    ]
+    first = [engine.generate(wish, library)[0] for wish in wishes]
+    fresh = Engine("toybox")
+    for wish, image in random.Random(0).sample(list(zip(wishes, first, strict=True)), len(wishes)):
+        assert same(fresh.generate(wish, library)[0], image)
+    for i, one in enumerate(first):
+        for j, two in enumerate(first[:i]):
+            assert same(one, two) == ({i, j} == {0, 7})  # strength 0 is the base
+
+
+def test_each_image_is_its_seeds_own(engine, library, ids) -> None:
+    three = engine.generate(settings((ids["dog"], 1.0), images=3, seed=2**32 - 2), library)
+    assert [json.loads(image.info["s2ft"])["seed"] for image in three] == [2**32 - 2, 2**32 - 1, 0]
+    for image in three:
+        again = Settings.from_json(image.info["s2ft"])
+        assert again.images == 1
+        assert same(engine.generate(again, library)[0], image)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers(engine, library, scheduler) -> None:
+    image = engine.generate(settings(scheduler=scheduler, steps=4), library)[0]
+    assert f"Sampler: {scheduler}," in image.info["parameters"]
+    assert len(set(image.getdata())) > 50
+
+
+def test_mixed_requests_of_eight_clients_equal_those_made_alone(library, ids) -> None:
+    """40 requests from 8 threads on two pipelines; a changed adapter file counts from then on."""
+    crowd, rng = Engine("toybox", pipelines=2), random.Random(1)
+    choices = [
+        (),
+        ((ids["cat"], 1.0),),
+        ((ids["dog"], 0.6),),
+        ((ids["both"], 1.2),),
+        ((ids["dog"], 1.0), (ids["cat"], 0.5)),
+    ]
+    wishes = [
+        settings(
+            *rng.choice(choices), seed=rng.randrange(100), steps=rng.randint(2, 4),
+            scheduler=rng.choice(list(SCHEDULERS)), prompt=rng.choice(("a photo of sks cat", "a red dog in the snow")),
+        )
+        for _ in range(40)
+    ]  # fmt: skip
+    made: dict[int, Image.Image] = {}
+
+    def client(number: int) -> None:
+        for i in range(number, 40, 8):
+            made[i] = crowd.generate(wishes[i], library)[0]
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = Engine("toybox")
+    assert sorted(made) == list(range(40))
+    for i, wish in enumerate(wishes):
+        assert same(alone.generate(wish, library)[0], made[i]), wish
+
+
+def test_few_adapters_stay_loaded(library, ids, monkeypatch) -> None:
+    monkeypatch.setattr("app.engine.KEPT_ADAPTERS", 1)
+    small = Engine("toybox")
+    wish = settings((ids["cat"], 1.0))
+    first = small.generate(wish, library)[0]
+    small.generate(settings((ids["dog"], 1.0)), library)
+    worker = small._workers.get()
+    assert len(worker.pipe.get_list_adapters()["unet"]) == 1
+    small._workers.put(worker)
+    assert same(small.generate(wish, library)[0], first)
+
+
+def test_cancelling_leaves_the_pipeline_free(engine, library, ids) -> None:
+    seen = []
+    listener = Listener(
+        on_step=lambda done, total, preview: seen.append((done, total)), cancelled=lambda: len(seen) >= 2
+    )
+    with pytest.raises(Cancelled):
+        engine.generate(settings((ids["cat"], 1.0), steps=50, images=4), library, listener)
+    assert seen == [(1, 200), (2, 200)]
+    assert engine.generate(settings(), library)
+
+
+def test_previews_come_and_change_nothing(engine, library, monkeypatch) -> None:
+    monkeypatch.setattr("app.engine.PREVIEW_SHARE", 0.5)
+    previews = []
+    listener = Listener(on_step=lambda done, total, preview: previews.append(preview), previews=True)
+    wish = settings(steps=12)
+    watched = engine.generate(wish, library, listener)[0]
+    assert len(previews) == 12
+    assert any(isinstance(preview, Image.Image) for preview in previews)
+    assert same(watched, engine.generate(wish, library)[0])
+
+
+def test_too_little_memory_is_said_and_survived(engine, library, monkeypatch) -> None:
+    wish = settings()
+    before = engine.generate(wish, library)[0]
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory at /secret/path")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers.StableDiffusionPipeline.__call__", fail)
+        with pytest.raises(RequestError, match="not enough memory") as caught:
+            engine.generate(wish, library)
+    assert "secret" not in str(caught.value)
+    assert same(engine.generate(wish, library)[0], before)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"steps": 0}, "steps must be from 1"),
+        ({"steps": 1_000_000}, "steps must be from 1"),
+        ({"steps": 2.5}, "whole number"),
+        ({"steps": float("nan")}, "must be a number"),
+        ({"steps": "3"}, "must be a number"),
+        ({"steps": True}, "must be a number"),
+        ({"guidance": float("inf")}, "guidance must be a number"),
+        ({"guidance": -1}, "guidance must be from"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"images": 9}, "images"),
+        ({"prompt": "x" * 1001}, "at most 1,000"),
+        ({"prompt": "a\0b"}, "control characters"),
+        ({"prompt": None, "negative_prompt": 3}, "must be text"),
+        ({"scheduler": "__class__"}, "scheduler must be one of"),
+        ({"adapters": (("a", 1.6),)}, "strength must be from 0 to 1.5"),
+        ({"adapters": (("a", 1.0), ("a", 0.5))}, "same one"),
+    ],
+)
+def test_requests_are_bounded(values, match) -> None:
+    good = {
+        "prompt": "x",
+        "negative_prompt": "",
+        "steps": 3,
+        "guidance": 4,
+        "seed": 0,
+        "images": 1,
+        "scheduler": "DDIM",
+    }
+    assert Settings.checked(**good)
+    with pytest.raises(RequestError, match=match):
+        Settings.checked(**{**good, **values})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"prompt": 1}', "[" * 100_000, '{"__class__": 1}'])
+def test_damaged_settings_are_refused(text) -> None:
+    with pytest.raises(RequestError, match="cannot be used"):
+        Settings.from_json(text)

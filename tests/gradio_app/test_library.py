@@ -1,0 +1,145 @@
+"""Adapters are found and read by their headers; what is broken is shown and never chosen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from app.library import Library, plain
+from app.limits import RequestError
+from s2ft_diffusion.adapter_file import read_adapter, write_adapter
+
+
+def test_headers_alone(library, adapters, monkeypatch) -> None:
+    cat = next(entry for entry in library.search() if entry.name == "cat")
+    assert cat.summary() == {
+        "id": cat.id,
+        "name": "cat",
+        "subject": "cat",
+        "instance_prompt": "a photo of sks cat",
+        "base": "toybox",
+        "bytes": (adapters / "cat.safetensors").stat().st_size,
+        "trainable": 28 * 200,
+        "date": "2026-01-01",
+        "usable": True,
+        "reason": None,
+    }
+    assert cat.picture().getextrema() != cat.picture().convert("L").convert("RGB").getextrema()  # its photo, in colour
+    opened = []
+    monkeypatch.setattr("app.library.read_header", lambda path: opened.append(path))
+    library.refresh()
+    assert opened == []  # unchanged files are not read again
+
+
+def test_search_and_sort(library) -> None:
+    names = lambda *args: [entry.name for entry in library.search(*args)]  # noqa: E731
+    assert names("", "name") == ["both", "cat", "dog"]
+    assert names("SKS toybox", "name") == ["both", "cat", "dog"]
+    assert names("sks dog", "name") == ["dog"]
+    assert names("elephant") == []
+    assert names("", "fewest numbers")[-1] == "both"
+    assert names("", "smallest")[-1] == "both"
+    with pytest.raises(RequestError, match="sort must be"):
+        library.search("", "colour")
+
+
+def test_what_cannot_be_used_is_shown_with_the_reason(adapters, engine, tmp_path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    shutil.copy(adapters / "cat.safetensors", folder)
+    whole = (adapters / "dog.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.safetensors").touch()
+    save_file({"x": torch.zeros(3)}, folder / "lora.safetensors")
+    other = read_adapter(adapters / "dog.safetensors")
+    other.layers["unet"] = {name.replace("down", "sideways"): w for name, w in other.layers["unet"].items()}
+    write_adapter(folder / "elsewhere.safetensors", other)
+    (folder / "gone.safetensors").symlink_to(folder / "nothing")
+    (folder / ".hidden.safetensors").write_bytes(whole)
+    (folder / "checkpoint-5").mkdir()
+    shutil.copy(adapters / "cat.safetensors", folder / "checkpoint-5")
+    library = Library(
+        [str(folder), str(tmp_path / "no" / "such"), "some?one/../dog"], tmp_path / "own", engine.components
+    )
+    found = {entry.path.name if entry.path.suffix else entry.name: entry for entry in library.search()}
+    reasons = {name: entry.reason for name, entry in found.items()}
+    assert reasons.pop("cat.safetensors") is None
+    assert "not a complete safetensors file" in reasons["truncated.safetensors"]
+    assert "not an S2FT adapter" in reasons["lora.safetensors"]
+    assert "no linear layer there" in reasons["elsewhere.safetensors"]
+    assert set(reasons) == {
+        "truncated.safetensors", "empty.safetensors", "lora.safetensors", "elsewhere.safetensors",
+        str(tmp_path / "no" / "such"), "some?one/../dog",
+    }  # fmt: skip
+    assert all(reasons.values())
+    assert not any(str(tmp_path) in reason for reason in reasons.values())
+    assert library.search()[0].name == "cat"  # what can be used comes first
+    assert [label for label, _ in library.choices()] == ["cat"]
+    for entry in found.values():
+        picture = entry.picture()
+        grey = picture.convert("L").convert("RGB")
+        assert (list(picture.getdata()) == list(grey.getdata())) == bool(entry.reason)
+        if entry.reason:
+            with pytest.raises(RequestError, match="cannot be used"):
+                library.get(entry.id)
+
+
+def test_new_and_changed_files_appear_on_refresh(adapters, engine, tmp_path) -> None:
+    folder = tmp_path / "watched"
+    folder.mkdir()
+    library = Library([str(folder)], tmp_path / "own", engine.components)
+    assert library.choices() == []
+    shutil.copy(adapters / "cat.safetensors", folder / "a.safetensors")
+    library.refresh()
+    (label, first), = library.choices()  # fmt: skip
+    assert label == "cat"
+    shutil.copy(adapters / "dog.safetensors", folder / "a.safetensors")
+    os.utime(folder / "a.safetensors", (time.time() + 5,) * 2)
+    shutil.copy(adapters / "dog.safetensors", folder / "b.safetensors")
+    library.refresh()
+    labels = [label for label, _ in library.choices()]
+    assert len(set(labels)) == 2  # equal names are told apart
+    assert all(label.startswith("dog (") for label in labels)
+    assert library.get(first).name == "dog"
+    (folder / "a.safetensors").unlink()
+    library.refresh()
+    with pytest.raises(RequestError, match="no such adapter"):
+        library.get(first)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "..", "../cat", "/etc/passwd", "cat.safetensors", "a\0b", "x" * 100_000, "some?one/dog", None, 7, ["cat"], {}],
+)
+def test_only_ids_are_looked_up(library, name) -> None:
+    with pytest.raises(RequestError, match="no such adapter"):
+        library.get(name)
+
+
+def test_uploads_are_checked_and_stored_under_names_of_ours(library, adapters, tmp_path) -> None:
+    upload = tmp_path / "..; rm -rf x.safetensors"
+    upload.write_bytes((adapters / "dog.safetensors").read_bytes())
+    entry = library.add(upload)
+    assert entry.name == "dog"
+    assert entry.path.parent == library.folder
+    assert entry.path.stem.isalnum()
+    assert library.get(entry.id) == entry
+    whole = upload.read_bytes()
+    for damage in (whole[:-40], b"", b"not one", whole.replace(rb"format_version\": 1", rb"format_version\": 9")):
+        upload.write_bytes(damage)
+        with pytest.raises(RequestError, match="cannot be used") as caught:
+            library.add(upload)
+        assert str(tmp_path) not in str(caught.value)
+    assert len(list(library.folder.iterdir())) == 1
+
+
+def test_messages_for_strangers_have_no_paths(tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    assert plain(f"{path}: no good", path) == "no good"
+    assert plain(f"cannot open {tmp_path}/b/c.txt now") == "cannot open c.txt now"
+    assert plain("1,000 numbers at 1/2 of it, and/or more") == "1,000 numbers at 1/2 of it, and/or more"

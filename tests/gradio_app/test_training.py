@@ -1,0 +1,150 @@
+"""Trainings in child processes: queued, followed, cancelled, and survived when they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.limits import RequestError
+from app.training import UNFINISHED, Job, TrainingQueue, store_photos
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def queue(library, tmp_path):
+    queue = TrainingQueue(tmp_path / "trainings", "toybox", lambda path: library.add(path).id)
+    yield queue
+    queue.close()
+
+
+def until(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def submit(queue: TrainingQueue, photos: Path, **values) -> Job:
+    asked = {"subject": "My dog!", "class_name": "dog", "steps": 12, "n_frequency": 100, "user": None, **values}
+    return queue.submit(sorted(photos.glob("*.png")), **asked)
+
+
+def test_a_training_ends_in_the_library(queue, photos, library) -> None:
+    job = submit(queue, photos)
+    second = submit(queue, photos, user="ann")
+    assert queue.place(second) == 1
+    assert queue.latest(None) is job
+    assert queue.latest("ann") is second
+    with pytest.raises(RequestError, match="no such training"):
+        queue.get(job.id, "ann")
+    until(lambda: job.state == "running")
+    assert second.state == "waiting"  # one at a time
+    queue.cancel(second)
+    until(lambda: job.state not in UNFINISHED)
+    assert (job.state, job.message) == ("done", "")
+    entry = library.get(job.adapter)
+    assert entry.name == "My dog"
+    assert entry.info.instance_prompt == "a photo of sks dog"
+    assert entry.info.thumbnail
+    assert entry.trainable == 28 * 100
+    progress = queue.progress(job)
+    assert [name for name, _ in progress.phases] == ["load", "estimate", "rearrange", "train", "validate", "save"]
+    assert list(progress.losses) == list(range(1, 13))
+    assert [path.name for path in progress.samples] == ["final-0.png", "final-1.png"]
+    assert not any(str(queue.folder) in summary for _, summary in progress.phases)
+    assert second.state == "cancelled"
+    assert not (queue.folder / second.id / "out").exists()
+    # after a restart of the app it is all still there
+    again = TrainingQueue(queue.folder, "toybox", lambda path: "")
+    assert again.jobs[job.id] == job
+    assert again.progress(job) == progress
+    again.close()
+
+
+def test_cancelling_a_running_one(queue, photos) -> None:
+    job = submit(queue, photos, steps=5000)
+    until(lambda: len(queue.progress(job).losses) > 3)
+    queue.cancel(job)
+    until(lambda: queue._child is None)
+    assert job.state == "cancelled"
+    assert json.loads((queue.folder / job.id / "job.json").read_text())["state"] == "cancelled"
+    follower = submit(queue, photos)
+    until(lambda: follower.state not in UNFINISHED)
+    assert follower.state == "done"
+
+
+def test_a_crash_is_reported_and_the_next_one_runs(queue, photos) -> None:
+    killed = submit(queue, photos, steps=5000)
+    until(lambda: killed.state == "running" and queue._child is not None)
+    os.kill(queue._child[1].pid, signal.SIGKILL)
+    until(lambda: killed.state not in UNFINISHED)
+    assert killed.state == "failed"
+    assert "signal 9" in killed.message
+    refused = submit(queue, photos, n_frequency=90_000)
+    until(lambda: refused.state not in UNFINISHED)
+    assert refused.state == "failed"
+    assert "90000" in refused.message.replace(",", "")
+    assert str(queue.folder) not in refused.message
+
+
+def test_a_restart_says_what_it_interrupted(queue, photos) -> None:
+    job = submit(queue, photos, steps=5000)
+    until(lambda: len(queue.progress(job).losses) > 0)
+    queue.close()
+    until(lambda: queue._child is None)
+    again = TrainingQueue(queue.folder, "toybox", lambda path: "")
+    assert again.jobs[job.id].state == "failed"
+    assert "stopped before" in again.jobs[job.id].message
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"subject": " "}, "must not be empty"),
+        ({"class_name": "x" * 61}, "at most 60"),
+        ({"steps": 5}, "steps must be from"),
+        ({"steps": 10**9}, "steps must be from"),
+        ({"n_frequency": 1}, "numbers a layer must be from"),
+    ],
+)
+def test_bad_requests_leave_nothing_behind(queue, photos, values, match) -> None:
+    with pytest.raises(RequestError, match=match):
+        submit(queue, photos, **values)
+    assert list(queue.folder.iterdir()) == []
+
+
+def test_photos_are_checked_and_encoded_again(photos, tmp_path) -> None:
+    paths = sorted(photos.glob("*.png"))
+    with pytest.raises(RequestError, match="3 to 20 photos"):
+        store_photos(paths[:2], tmp_path / "a")
+    with pytest.raises(RequestError, match="3 to 20 photos"):
+        store_photos(paths * 7, tmp_path / "a")
+    broken = tmp_path / "x.png"
+    broken.write_bytes(paths[0].read_bytes()[:100])
+    with pytest.raises(RequestError, match="Photo 4 is not an image"):
+        store_photos([*paths, broken], tmp_path / "a")
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (30_000, 30_000)).save(bomb)  # a few kB that would be 900 MB
+    assert bomb.stat().st_size < 200_000
+    with pytest.raises(RequestError, match="Photo 4"):
+        store_photos([*paths, bomb], tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    large = Image.new("RGB", (5000, 100), "red")
+    large.info["exif"] = b"secret place"
+    large.save(tmp_path / "large.jpg", comment=b"secret place")
+    assert store_photos([*paths, tmp_path / "large.jpg"], tmp_path / "a") == 4
+    stored = sorted((tmp_path / "a").iterdir())
+    assert [path.name for path in stored] == ["00.png", "01.png", "02.png", "03.png"]
+    assert max(Image.open(stored[-1]).size) == 2048
+    assert b"secret" not in stored[-1].read_bytes()
