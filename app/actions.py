@@ -144,7 +144,7 @@ class App:
         scheduler: str,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio wants it)
-    ) -> Iterator[tuple[Any, Any, str]]:
+    ) -> Iterator[tuple[Any, Any, str, list[str]]]:
         """Generate images, each a PNG that carries its settings.
 
         Args:
@@ -184,8 +184,9 @@ class App:
                 shown = made
             else:
                 progress((done, total), desc="denoising", unit="steps")
-            yield preview if preview is not None else gr.skip(), shown, f"step {done} of {total}"
-        yield None, made, f"{len(made)} of {settings.images} images" if len(made) < settings.images else "done"
+            yield preview if preview is not None else gr.skip(), shown, f"step {done} of {total}", gr.skip()
+        status = "done" if len(made) == settings.images else f"cancelled, {len(made)} of {settings.images} images"
+        yield None, made, status, [image.info["s2ft"] for image, _ in made]
 
     def _watched(
         self, work: Callable[[Listener], Iterator[Image.Image]], request: gr.Request
@@ -333,7 +334,7 @@ class App:
         )
         return self._status(job.id, request)
 
-    def training_status(self, job: str, request: gr.Request) -> dict[str, Any]:
+    def training_status(self, job: str = "", request: gr.Request = None) -> dict[str, Any]:
         """How a training stands: its state, finished phases, loss by step, and the id of its adapter when done.
 
         Args:
@@ -341,7 +342,7 @@ class App:
         """
         return self._status(job, request)
 
-    def cancel_training(self, job: str, request: gr.Request) -> dict[str, Any]:
+    def cancel_training(self, job: str = "", request: gr.Request = None) -> dict[str, Any]:
         """Stop a training, waiting or running.
 
         Args:
@@ -407,7 +408,8 @@ class App:
         sizes = inspection.energies(entry.path)
         names = [name for name, _ in sizes]
         layer = layer if layer in names else max(sizes, key=lambda pair: pair[1])[0]
-        frame = pd.DataFrame({"layer": [_short(name) for name in names], "size": [round(size, 4) for _, size in sizes]})
+        rounded = [round(size, 4) for _, size in sizes]
+        frame = pd.DataFrame({"number": range(1, len(names) + 1), "layer": names, "size": rounded})
         return frame, inspection.pictures(entry.path, layer), gr.update(choices=names, value=layer)
 
 
@@ -428,13 +430,8 @@ def parse_strengths(text: str) -> list[float]:
 
 def _caption(entry: Entry) -> str:
     if entry.reason:
-        return f"{entry.name} · cannot be used: {entry.reason}"
-    return f"{entry.name} · {entry.bytes / 1e6:.2f} MB · {entry.trainable:,} numbers"
-
-
-def _short(layer: str) -> str:
-    """A layer's name without what all share."""
-    return layer.replace("transformer_blocks", "tb").replace("attentions", "attn").removeprefix("unet.")
+        return f"{entry.name} · {entry.reason}"
+    return f"{entry.name} · {entry.bytes / 1e6:.2f} MB"
 
 
 def _details(entry: Entry) -> str:

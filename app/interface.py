@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import partial
 from typing import Any
@@ -12,17 +13,19 @@ from . import limits
 from .actions import NONE, App, polite
 from .engine import SCHEDULERS
 from .library import SORTS
+from .limits import RequestError
 
 TITLE = "S²FT adapters"
 GENERATION = "generation"  # what everything shares that needs a pipeline
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: auto}
+.gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
 #masthead {padding: 4px 2px 0}
 #masthead h1 {font-size: 1.5rem; margin: 0}
 #masthead p {margin: 0; color: var(--body-text-color-subdued)}
+.beside {align-self: flex-end; height: 44px}
 footer {display: none !important}
 @media (max-width: 640px) {
-  .gradio-container {padding: 8px !important}
+  .gradio-container {padding: 6px !important}
   #masthead h1 {font-size: 1.2rem}
 }
 """
@@ -32,7 +35,7 @@ def theme() -> gr.themes.Base:
     """System fonts, so that nothing is fetched from elsewhere, and quiet colours."""
     sans = ["ui-sans-serif", "system-ui", "sans-serif"]
     mono = ["ui-monospace", "monospace"]
-    return gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=sans, font_mono=mono)
+    return gr.themes.Default(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=sans, font_mono=mono)
 
 
 class Page:
@@ -86,11 +89,11 @@ class Page:
             guidance = gr.Slider(
                 *limits.GUIDANCE, value=self.defaults["guidance"], step=0.5, label="Guidance", min_width=120
             )
-        with gr.Row(equal_height=True):
+        with gr.Row():
             seed = gr.Number(
                 self.defaults["seed"], label="Seed", precision=0, minimum=0, maximum=limits.SEEDS - 1, min_width=100
             )
-            dice = gr.Button("🎲", min_width=44, scale=0)
+            dice = gr.Button("🎲", min_width=44, scale=0, elem_classes="beside")
             scheduler = gr.Dropdown(
                 list(SCHEDULERS), value=self.defaults["scheduler"], label="Scheduler", min_width=120
             )
@@ -113,28 +116,28 @@ class Page:
                 self.strength = gr.Slider(*limits.STRENGTH, value=1.0, step=0.05, label="Strength", elem_id="strength")
                 with gr.Row():
                     self.go = gr.Button("Generate", variant="primary", elem_id="generate")
-                    self.stop = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                    self.stop = gr.Button("Cancel", elem_id="cancel")
                 with gr.Accordion("Mix in a second adapter", open=False):
                     self.second = self.adapter_choice("Second adapter")
                     self.second_strength = gr.Slider(*limits.STRENGTH, value=0.5, step=0.05, label="Its strength")
                 with gr.Accordion("More", open=False):
                     self.images = gr.Slider(*limits.IMAGES, value=1, step=1, label="Images", elem_id="images")
                     self.steps, self.guidance, self.seed, self.scheduler = self.sampling()
-                    self.negative = gr.Textbox(label="Negative prompt", max_length=limits.PROMPT_LENGTH)
+                    self.negative = gr.Textbox("", label="Negative prompt", max_length=limits.PROMPT_LENGTH)
             with gr.Column(scale=6, min_width=300):
                 self.results = gr.Gallery(
-                    label="Images",
-                    format="png",
-                    columns=2,
-                    height=460,
-                    object_fit="contain",
-                    elem_id="results",
+                    label="Images", format="png", preview=True, height=430, object_fit="contain", elem_id="results",
                     buttons=["download", "fullscreen"],
-                )
-                self.preview = gr.Image(
-                    label="Under way", format="png", height=160, interactive=False, elem_id="preview", buttons=[]
-                )
-                self.status = gr.Textbox(label="Status", interactive=False, elem_id="status", max_lines=1)
+                )  # fmt: skip
+                with gr.Row():
+                    self.preview = gr.Image(
+                        label="Under way", format="png", height=130, min_width=130, interactive=False,
+                        elem_id="preview", buttons=[],
+                    )  # fmt: skip
+                    with gr.Column(min_width=130):
+                        self.status = gr.Textbox(label="Status", interactive=False, elem_id="status", max_lines=1)
+                        again = gr.Button("Use these settings", elem_id="again")
+        made, chosen = gr.State([]), gr.State(-1)  # settings of the images shown; the one chosen among them
         self.settings = [
             self.prompt, self.negative, self.adapter, self.strength, self.second, self.second_strength, self.steps,
             self.guidance, self.seed, self.images, self.scheduler,
@@ -143,13 +146,24 @@ class Page:
             [self.go.click, self.prompt.submit],
             polite(self.app.generate),
             self.settings,
-            [self.preview, self.results, self.status],
+            [self.preview, self.results, self.status, made],
             api_name="generate",
             show_progress="full",
             show_progress_on=self.preview,
             **self.busy,
         )
         self.stop.click(polite(self.app.cancel), None, self.status, api_name="cancel", queue=False)
+
+        def choose(event: gr.SelectData) -> int:
+            return event.index
+
+        def use(made: list[str], chosen: int) -> tuple[Any, ...]:
+            if not made:
+                raise RequestError("There is no image yet.")
+            return self.filled(json.loads(made[chosen if chosen < len(made) else -1]))
+
+        self.results.select(choose, None, chosen, api_visibility="private", queue=False)
+        again.click(polite(use), [made, chosen], self.settings, api_visibility="private", queue=False)
         self.adapter.input(
             polite(lambda adapter: self.app.prompt_of(adapter) or gr.skip()),
             self.adapter,
@@ -159,10 +173,10 @@ class Page:
         )
 
     def library_tab(self) -> None:
-        with gr.Row(equal_height=True):
-            self.words = gr.Textbox(label="Search", placeholder="dog, toybox, …", scale=3, min_width=160)
+        with gr.Row():
+            self.words = gr.Textbox("", label="Search", placeholder="dog, toybox, …", scale=3, min_width=160)
             self.sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort", min_width=120)
-            self.look = gr.Button("Refresh", min_width=90, scale=0, elem_id="refresh")
+            self.look = gr.Button("Refresh", min_width=90, scale=0, elem_id="refresh", elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
                 self.tiles = gr.Gallery(
@@ -173,7 +187,7 @@ class Page:
                 self.about = gr.Markdown("Choose an adapter to see what its header says.", elem_id="about")
                 with gr.Row():
                     self.use = gr.Button("Use", variant="primary", min_width=80, elem_id="use")
-                    self.download = gr.Button("Prepare download", min_width=80)
+                    self.download = gr.Button("Download", min_width=80, elem_id="prepare")
                 self.file = gr.File(label="Download", visible=False, interactive=False, elem_id="download")
                 self.upload = gr.File(
                     label="Upload a .safetensors adapter", file_types=[".safetensors"], height=120, elem_id="upload"
@@ -213,7 +227,7 @@ class Page:
                 steps, guidance, seed, scheduler = self.sampling()
                 with gr.Row():
                     go = gr.Button("Compare", variant="primary", elem_id="compare")
-                    stop = gr.Button("Cancel", variant="stop")
+                    stop = gr.Button("Cancel")
             with gr.Column(scale=6, min_width=300):
                 result = gr.Image(
                     label="Side by side", format="png", interactive=False, elem_id="sheet",
@@ -244,11 +258,9 @@ class Page:
                 )
                 with gr.Row():
                     go = gr.Button("Train", variant="primary", elem_id="train")
-                    stop = gr.Button("Cancel", variant="stop", interactive=False, elem_id="cancel-training")
+                    stop = gr.Button("Cancel", interactive=False, elem_id="cancel-training")
                 words = "about a minute on two cores" if small else "minutes on a GPU, hours on a CPU"
-                gr.Markdown(
-                    f"The prompt becomes *a photo of sks <what it is>*. It takes {words}; one training at a time."
-                )
+                gr.Markdown(f"The prompt becomes *a photo of sks …*. It takes {words}; one training at a time.")
             with gr.Column(scale=5, min_width=300):
                 report = gr.Markdown("No training yet.", elem_id="training")
                 curve = gr.LinePlot(x="step", y="loss", title="Loss, smoothed", height=220)
@@ -262,20 +274,22 @@ class Page:
         go.click(
             polite(self.app.train), [photos, subject, kind, steps, numbers], status, api_name="train", queue=False
         ).success(show, latest, shown, **quiet)
-        stop.click(polite(self.app.cancel_training), latest, status, api_name="cancel_training", queue=False).success(
-            show, latest, shown, **quiet
-        )
+        stop.click(
+            polite(self.app.cancel_training), latest, status, api_name="stop", api_visibility="private", queue=False
+        ).success(show, latest, shown, **quiet)
         # A job that has ended has a new adapter in the library.
         timer.tick(show, latest, shown, **quiet).then(self.new_choices, None, self.adapters, **quiet)
         blocks.load(show, latest, shown, **quiet)
-        job = gr.Textbox(visible=False)
-        job.change(polite(self.app.training_status), job, status, api_name="training_status", queue=False)
+        gr.api(polite(self.app.training_status), api_name="training_status", queue=False)
+        gr.api(polite(self.app.cancel_training), api_name="cancel_training", queue=False)
 
     def inspect_tab(self) -> None:
-        with gr.Row(equal_height=True):
+        with gr.Row():
             adapter = self.adapter_choice("Adapter", self.first)
             layer = gr.Dropdown([], label="Layer", value="", allow_custom_value=True)
-            go = gr.Button("Look inside", variant="primary", min_width=110, scale=0, elem_id="inspect")
+            go = gr.Button(
+                "Look inside", variant="primary", min_width=120, scale=0, elem_id="inspect", elem_classes="beside"
+            )
         plot = gr.BarPlot(
             x="layer", y="size", title="Size of each layer's weight change", height=240, x_label_angle=-60
         )
@@ -297,7 +311,7 @@ class Page:
             label="Made here, the newest first", format="png", columns=5, height=520, elem_id="history",
             buttons=["download", "fullscreen"],
         )  # fmt: skip
-        ids, chosen = gr.State([]), gr.State(NONE)
+        ids, chosen = gr.JSON([], visible=False), gr.State(NONE)
         listing = {"fn": polite(self.app.list_history), "inputs": None, "outputs": [gallery, ids], "queue": False}
         refresh.click(**listing, api_name="list_history")
         self.history_page.select(**listing, api_visibility="private")
@@ -306,21 +320,22 @@ class Page:
             return ids[event.index] if 0 <= event.index < len(ids) else NONE
 
         def fill(image: str, request: gr.Request) -> tuple[Any, ...]:
-            values = self.app.image_settings(image, request)
-            first, second, *_ = [*values["adapters"], [NONE, 1.0], [NONE, 0.5]]
-            if len(values["adapters"]) < 2:
-                second = [NONE, 0.5]
-            return (
-                values["prompt"], values["negative_prompt"], *first, *second, values["steps"], values["guidance"],
-                values["seed"], values["images"], values["scheduler"], gr.Tabs(selected="generate"),
-            )  # fmt: skip
+            return *self.filled(self.app.image_settings(image, request)), gr.Tabs(selected="generate")
 
         gallery.select(choose, ids, chosen, api_visibility="private", queue=False)
         use.click(polite(fill), chosen, [*self.settings, self.tabs], api_visibility="private", queue=False)
-        image, settings = gr.Textbox(visible=False), gr.JSON(visible=False)
-        image.change(polite(self.app.image_settings), image, settings, api_name="image_settings", queue=False)
+        gr.api(polite(self.app.image_settings), api_name="image_settings", queue=False)
 
     # What several tabs take part in
+
+    @staticmethod
+    def filled(values: dict[str, Any]) -> tuple[Any, ...]:
+        """An image's settings as values for the Generate tab's controls, in their order."""
+        adapters = [*values["adapters"], *[[NONE, 1.0], [NONE, 0.5]][len(values["adapters"]) :]]
+        return (
+            values["prompt"], values["negative_prompt"], *adapters[0], *adapters[1], values["steps"],
+            values["guidance"], values["seed"], values["images"], values["scheduler"],
+        )  # fmt: skip
 
     def new_choices(self) -> list[Any]:
         """The library's adapters for every dropdown of adapters."""
@@ -336,11 +351,9 @@ class Page:
         looking = [polite(look), [self.words, self.sort], [self.tiles, self.ids, *self.adapters]]
         for event in (self.look.click, self.words.submit, self.sort.input, blocks.load):
             event(*looking, **quiet)
-        record, adapter, path = gr.JSON(visible=False), gr.Textbox(visible=False), gr.File(visible=False)
+        record, adapter, path = gr.JSON(visible=False), gr.Textbox("", visible=False), gr.File(visible=False)
         self.upload.upload(
             polite(self.app.upload_adapter), self.upload, record, api_name="upload_adapter", queue=False
         ).success(*looking, **quiet)
         adapter.submit(polite(self.app.download_adapter), adapter, path, api_name="download_adapter", queue=False)
-        adapter.change(
-            polite(self.app.list_adapters), [self.words, self.sort], record, api_name="list_adapters", queue=False
-        )
+        gr.api(polite(self.app.list_adapters), api_name="list_adapters", queue=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import threading
 
 import pytest
 import torch
@@ -53,40 +52,6 @@ def test_schedulers(engine, library, scheduler) -> None:
     image = engine.generate(settings(scheduler=scheduler, steps=4), library)[0]
     assert f"Sampler: {scheduler}," in image.info["parameters"]
     assert len(set(image.getdata())) > 50
-
-
-def test_mixed_requests_of_eight_clients_equal_those_made_alone(library, ids) -> None:
-    """40 requests from 8 threads on two pipelines; a changed adapter file counts from then on."""
-    crowd, rng = Engine("toybox", pipelines=2), random.Random(1)
-    choices = [
-        (),
-        ((ids["cat"], 1.0),),
-        ((ids["dog"], 0.6),),
-        ((ids["both"], 1.2),),
-        ((ids["dog"], 1.0), (ids["cat"], 0.5)),
-    ]
-    wishes = [
-        settings(
-            *rng.choice(choices), seed=rng.randrange(100), steps=rng.randint(2, 4),
-            scheduler=rng.choice(list(SCHEDULERS)), prompt=rng.choice(("a photo of sks cat", "a red dog in the snow")),
-        )
-        for _ in range(40)
-    ]  # fmt: skip
-    made: dict[int, Image.Image] = {}
-
-    def client(number: int) -> None:
-        for i in range(number, 40, 8):
-            made[i] = crowd.generate(wishes[i], library)[0]
-
-    threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    alone = Engine("toybox")
-    assert sorted(made) == list(range(40))
-    for i, wish in enumerate(wishes):
-        assert same(alone.generate(wish, library)[0], made[i]), wish
 
 
 def test_few_adapters_stay_loaded(library, ids, monkeypatch) -> None:
