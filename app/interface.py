@@ -25,7 +25,7 @@ CSS = """
 .beside {align-self: flex-end; height: 44px}
 footer {display: none !important}
 @media (max-width: 640px) {
-  .gradio-container {padding: 6px !important}
+  .gradio-container, .gradio-container .app {padding: 8px !important}
   #masthead h1 {font-size: 1.2rem}
 }
 """
@@ -126,7 +126,7 @@ class Page:
                     self.negative = gr.Textbox("", label="Negative prompt", max_length=limits.PROMPT_LENGTH)
             with gr.Column(scale=6, min_width=300):
                 self.results = gr.Gallery(
-                    label="Images", format="png", preview=True, height=430, object_fit="contain", elem_id="results",
+                    label="Images", format="png", columns=2, fit_columns=False, height="auto", elem_id="results",
                     buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 with gr.Row():
@@ -163,13 +163,12 @@ class Page:
             return self.filled(json.loads(made[chosen if chosen < len(made) else -1]))
 
         self.results.select(choose, None, chosen, api_visibility="private", queue=False)
-        again.click(polite(use), [made, chosen], self.settings, api_visibility="private", queue=False)
+        again.click(polite(use), [made, chosen], self.settings, api_visibility="private")
         self.adapter.input(
             polite(lambda adapter: self.app.prompt_of(adapter) or gr.skip()),
             self.adapter,
             self.prompt,
             api_visibility="private",
-            queue=False,
         )
 
     def library_tab(self) -> None:
@@ -203,15 +202,12 @@ class Page:
             return adapter, self.app.prompt_of(adapter) or gr.skip(), gr.Tabs(selected="generate")
 
         self.tiles.select(choose, self.ids, [self.chosen, self.about], api_visibility="private", queue=False)
-        self.use.click(
-            polite(use), self.chosen, [self.adapter, self.prompt, self.tabs], api_visibility="private", queue=False
-        )
+        self.use.click(polite(use), self.chosen, [self.adapter, self.prompt, self.tabs], api_visibility="private")
         self.download.click(
             polite(lambda adapter: gr.File(self.app.download_adapter(adapter), visible=True)),
             self.chosen,
             self.file,
             api_visibility="private",
-            queue=False,
         )
 
     def compare_tab(self) -> None:
@@ -271,9 +267,9 @@ class Page:
         shown = [report, curve, samples, timer, stop]
         show = polite(self.app.show_training)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        go.click(
-            polite(self.app.train), [photos, subject, kind, steps, numbers], status, api_name="train", queue=False
-        ).success(show, latest, shown, **quiet)
+        go.click(polite(self.app.train), [photos, subject, kind, steps, numbers], status, api_name="train").success(
+            show, latest, shown, **quiet
+        )
         stop.click(
             polite(self.app.cancel_training), latest, status, api_name="stop", api_visibility="private", queue=False
         ).success(show, latest, shown, **quiet)
@@ -312,7 +308,7 @@ class Page:
             buttons=["download", "fullscreen"],
         )  # fmt: skip
         ids, chosen = gr.JSON([], visible=False), gr.State(NONE)
-        listing = {"fn": polite(self.app.list_history), "inputs": None, "outputs": [gallery, ids], "queue": False}
+        listing = {"fn": polite(self.app.list_history), "inputs": None, "outputs": [gallery, ids]}
         refresh.click(**listing, api_name="list_history")
         self.history_page.select(**listing, api_visibility="private")
 
@@ -323,7 +319,7 @@ class Page:
             return *self.filled(self.app.image_settings(image, request)), gr.Tabs(selected="generate")
 
         gallery.select(choose, ids, chosen, api_visibility="private", queue=False)
-        use.click(polite(fill), chosen, [*self.settings, self.tabs], api_visibility="private", queue=False)
+        use.click(polite(fill), chosen, [*self.settings, self.tabs], api_visibility="private")
         gr.api(polite(self.app.image_settings), api_name="image_settings", queue=False)
 
     # What several tabs take part in
@@ -343,7 +339,7 @@ class Page:
         return [update() for _ in self.adapters]
 
     def wire(self, blocks: gr.Blocks) -> None:
-        quiet = {"api_visibility": "private", "queue": False}
+        quiet = {"api_visibility": "private"}
 
         def look(words: str, sort: str) -> list[Any]:
             return [*self.app.gallery(words, sort), *self.new_choices()]
@@ -352,8 +348,8 @@ class Page:
         for event in (self.look.click, self.words.submit, self.sort.input, blocks.load):
             event(*looking, **quiet)
         record, adapter, path = gr.JSON(visible=False), gr.Textbox("", visible=False), gr.File(visible=False)
-        self.upload.upload(
-            polite(self.app.upload_adapter), self.upload, record, api_name="upload_adapter", queue=False
-        ).success(*looking, **quiet)
-        adapter.submit(polite(self.app.download_adapter), adapter, path, api_name="download_adapter", queue=False)
+        self.upload.upload(polite(self.app.upload_adapter), self.upload, record, api_name="upload_adapter").success(
+            *looking, **quiet
+        )
+        adapter.submit(polite(self.app.download_adapter), adapter, path, api_name="download_adapter")
         gr.api(polite(self.app.list_adapters), api_name="list_adapters", queue=False)

@@ -7,6 +7,7 @@ What is shown is read from those files, so that a page can be reloaded and the a
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -208,7 +209,7 @@ class TrainingQueue:
             "--max_train_steps", str(job.steps),
             "--n_frequency", str(job.n_frequency),
             "--validation_prompt", prompt, "--num_validation_images", "2",
-            "--validation_epochs", str(max(1, job.steps // (4 * len(list(photos.iterdir()))))),
+            "--validation_epochs", str(math.ceil(job.steps / (4 * len(list(photos.iterdir()))))),
             "--adapter_dtype", "float16",
             "--report_to", "none",
         ]  # fmt: skip

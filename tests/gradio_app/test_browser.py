@@ -1,0 +1,202 @@
+"""The page in a real browser."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; the endpoint tests still run")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, served) -> Iterator[playwright.Page]:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(60_000)
+    page.errors = []
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    open_page(page, served[0])
+    yield page
+    assert page.errors == []
+    page.close()
+
+
+def open_page(page: playwright.Page, address: str) -> None:
+    page.goto(address)
+    button(page, "Generate").wait_for()
+    page.wait_for_function("document.querySelectorAll('#library, #prompt').length > 0")
+    page.wait_for_timeout(500)  # the events of loading the page have run
+
+
+def button(page: playwright.Page, name: str) -> playwright.Locator:
+    return page.get_by_role("button", name=name, exact=True).locator("visible=true")
+
+
+def tab(page: playwright.Page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def choose(page: playwright.Page, adapter: str) -> None:
+    page.locator("#adapter input").click()
+    page.get_by_role("option", name=adapter, exact=True).click()
+
+
+def set_steps(page: playwright.Page, steps: int) -> None:
+    page.get_by_role("button", name="More").locator("visible=true").click()
+    field = page.get_by_label("number input for Steps").locator("visible=true").first
+    field.fill(str(steps))
+    field.press("Tab")
+
+
+def generated(page: playwright.Page) -> bytes:
+    """Click Generate, wait until it is done; the picture's bytes as the page has them."""
+    button(page, "Generate").click()
+    page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('step')")
+    page.wait_for_function("document.querySelector('#status textarea, #status input').value === 'done'")
+    page.wait_for_function("document.querySelector('#results img')?.naturalWidth > 0")
+    return page.request.get(page.locator("#results img").first.get_attribute("src")).body()
+
+
+def pixels(picture: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+
+
+def test_it_is_quick(browser, served) -> None:
+    page = browser.new_page()
+    began = time.monotonic()
+    page.goto(served[0])
+    button(page, "Generate").wait_for()
+    assert time.monotonic() - began < 3
+    began = time.monotonic()
+    button(page, "Generate").click()
+    page.wait_for_function("document.querySelector('#results img')?.naturalWidth > 0", timeout=60_000)
+    assert time.monotonic() - began < 8
+    page.close()
+
+
+def test_pick_an_adapter_generate_and_see_strength_count(page) -> None:
+    choose(page, "dog")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a photo of sks dog'")
+    set_steps(page, 4)
+    first = generated(page)
+    assert Image.open(io.BytesIO(first)).format == "PNG"
+    assert '"steps": 4' in Image.open(io.BytesIO(first)).info["s2ft"]
+    assert np.array_equal(pixels(generated(page)), pixels(first))
+    strength = page.get_by_label("number input for Strength").locator("visible=true").first
+    strength.fill("0.3")
+    strength.press("Tab")
+    weaker = generated(page)
+    assert not np.array_equal(pixels(weaker), pixels(first))
+    # what the download button saves is the PNG with its settings
+    page.locator("#results img").first.click()
+    with page.expect_download() as download:
+        page.locator("#results").get_by_label("Download").first.click()
+    saved = Path(download.value.path()).read_bytes()
+    assert saved == weaker
+    # the settings of an image in the history go back into the controls
+    strength.fill("1.1")
+    strength.press("Tab")
+    tab(page, "History")
+    page.locator("#history img").first.click()
+    page.locator("#use-settings").click()
+    page.wait_for_function("document.querySelector('#strength input[type=number]').value === '0.3'")
+
+
+def test_cancel(page) -> None:
+    set_steps(page, 100)
+    images = page.get_by_label("number input for Images").locator("visible=true").first
+    images.fill("8")
+    images.press("Tab")
+    button(page, "Generate").click()
+    page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('step')")
+    button(page, "Cancel").click()
+    page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('cancelled')")
+
+
+def test_upload_a_good_file_and_a_broken_one(page, adapters, tmp_path, served) -> None:
+    tab(page, "Library")
+    page.wait_for_function("document.querySelectorAll('#library img').length >= 3")
+    before = page.locator("#library img").count()
+    page.locator("#upload input[type=file]").set_input_files(adapters / "cat.safetensors")
+    page.wait_for_function(f"document.querySelectorAll('#library img').length === {before + 1}")
+    page.locator("#upload").get_by_label("Clear").click()
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not an adapter")
+    page.locator("#upload input[type=file]").set_input_files(broken)
+    message = page.get_by_text("This file cannot be used")
+    message.wait_for()
+    assert "/tmp" not in message.inner_text()
+    assert page.locator("#library img").count() == before + 1
+    page.locator("#library button:has(img)").first.click()
+    page.get_by_text("trainable numbers").wait_for()
+    page.locator("#use").click()
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a photo of sks cat'")
+    for entry in served[1].library.search():
+        if entry.path.parent == served[1].library.folder:
+            entry.path.unlink()
+
+
+def test_train_and_reload_meanwhile(page, photos, served, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tab(page, "Train")
+    page.locator("#photos input[type=file]").set_input_files(sorted(photos.iterdir()))
+    page.locator("#photos").get_by_text("0.png").wait_for()
+    page.locator("#subject textarea, #subject input").fill("Waldo")
+    page.locator("#kind textarea, #kind input").fill("dog")
+    for label, value in (("Steps", "60"), ("Trainable numbers a layer", "100")):
+        field = page.get_by_label(f"number input for {label}").locator("visible=true")
+        field.fill(value)
+        field.press("Tab")
+    page.locator("#train").click()
+    report = page.locator("#training")
+    report.get_by_text("estimate").first.wait_for()
+    page.reload()
+    button(page, "Generate").wait_for()
+    tab(page, "Train")
+    report.get_by_text("Waldo").wait_for()  # the page finds its training again
+    report.get_by_text("The adapter is in the library").wait_for(timeout=240_000)
+    tab(page, "Generate")
+    choose(page, "Waldo")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a photo of sks dog'")
+    set_steps(page, 3)
+    assert generated(page)
+
+
+def test_compare_and_inspect(page) -> None:
+    tab(page, "Compare")
+    field = page.get_by_label("number input for Steps").locator("visible=true")
+    field.fill("2")
+    field.press("Tab")
+    page.locator("#compare").click()
+    page.wait_for_function("document.querySelector('#sheet img')?.naturalWidth > 800")
+    tab(page, "Inspect")
+    page.locator("#inspect").click()
+    page.wait_for_function("document.querySelectorAll('#pictures img').length >= 3")
+
+
+def test_a_phone(browser, served) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    open_page(page, served[0])
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert button(page, "Generate").bounding_box()["y"] < 844  # without scrolling
+    page.close()
