@@ -10,6 +10,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
@@ -29,6 +30,7 @@ from .training import UNFINISHED, TrainingQueue
 
 logger = logging.getLogger("app")
 NONE = ""  # the id of no adapter
+SHOW_EVERY = 1.0  # seconds between what is shown of a generation under way
 
 
 def polite(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,6 +75,15 @@ class App:
     def __post_init__(self) -> None:
         self._cancels: dict[str, threading.Event] = {}
         self._downloads = Path(tempfile.mkdtemp(prefix="s2ft-app-"))
+
+    def close(self) -> None:
+        """Stop what is under way, and leave no temporary files."""
+        for event in list(self._cancels.values()):
+            event.set()
+        self.engine.threads.shutdown()
+        if self.trainings is not None:
+            self.trainings.close()
+        shutil.rmtree(self._downloads, ignore_errors=True)
 
     # Library
 
@@ -176,34 +187,40 @@ class App:
         def work(listener: Listener) -> Iterator[Image.Image]:
             return self.engine.iterate(settings, self.library, listener)
 
+        shown = 0
         for done, total, preview, image in self._watched(work, request):
-            shown: Any = gr.skip()  # what has not changed is not sent again
             if image is not None:
                 self.history.save(image, user)
                 made.append((image, f"seed {settings.single(len(made)).seed}"))
-                shown = made
-            else:
-                progress((done, total), desc="denoising", unit="steps")
-            yield preview if preview is not None else gr.skip(), shown, f"step {done} of {total}", gr.skip()
+                continue
+            progress((done, total), desc="denoising", unit="steps")
+            fresh: Any = made if len(made) > shown else gr.skip()  # what has not changed is not sent again
+            shown = len(made)
+            yield preview if preview is not None else gr.skip(), fresh, f"step {done} of {total}", gr.skip()
         status = "done" if len(made) == settings.images else f"cancelled, {len(made)} of {settings.images} images"
         yield None, made, status, [image.info["s2ft"] for image, _ in made]
 
     def _watched(
         self, work: Callable[[Listener], Iterator[Image.Image]], request: gr.Request
     ) -> Iterator[tuple[int, int, Image.Image | None, Image.Image | None]]:
-        """Run a generation in a thread of its own; gives steps done, steps in all, a preview or a finished image.
+        """Run a generation in another thread; gives steps done, steps in all, a preview or a finished image.
 
-        The thread gives its pipeline back by itself, whatever becomes of the page that asked.
+        The thread gives its pipeline back by itself, whatever becomes of the page that asked. Of quick steps only some
+        are passed on: showing each would take longer than making it.
         """
         events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         cancel = threading.Event()
         session = request.session_hash or secrets.token_hex(8)
         self._cancels[session] = cancel
-        listener = Listener(
-            on_step=lambda done, total, preview: events.put(("step", (done, total, preview))),
-            cancelled=cancel.is_set,
-            previews=True,
-        )
+        shown = 0.0
+
+        def on_step(done: int, total: int, preview: Image.Image | None) -> None:
+            nonlocal shown
+            if preview is not None or time.monotonic() - shown >= SHOW_EVERY:
+                shown = time.monotonic()
+                events.put(("step", (done, total, preview)))
+
+        listener = Listener(on_step=on_step, cancelled=cancel.is_set, previews=True)
 
         def run() -> None:
             try:
@@ -213,7 +230,7 @@ class App:
             except BaseException as error:
                 events.put(("error", error))
 
-        threading.Thread(target=run, name="generate", daemon=True).start()
+        self.engine.threads.submit(run)
         done, total = 0, 1
         try:
             while True:

@@ -39,10 +39,19 @@ class DeltaCache:
             self._budget = value
             self._shrink()
 
-    def get(self, owner: object, sources: Sequence[torch.Tensor], make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The tensor kept for `owner` if its `sources` are as they were, else a new one, kept if the budget allows."""
+    def get(
+        self,
+        owner: object,
+        sources: Sequence[torch.Tensor],
+        make: Callable[[], torch.Tensor],
+        options: object = None,
+    ) -> torch.Tensor:
+        """The tensor kept for `owner`, if its `sources` and `options` are as they were.
+
+        Else a new one from `make`, kept if the budget allows.
+        """
         key = id(owner)
-        state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in sources]
+        state = [options, *((t.data_ptr(), t._version, t.dtype, t.device) for t in sources)]
         with self._lock:
             if key in self._kept and self._kept[key][0] == state:
                 self._kept.move_to_end(key)

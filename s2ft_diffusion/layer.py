@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,19 +84,25 @@ class SpectralDelta(nn.Module):
         return delta_weight(coefficients, index, rearrangement, self.norm)
 
     def kept(self) -> torch.Tensor:
-        """The same weight change, made once and kept until something it depends on has changed.
+        """The same weight change, made once and kept until something it depends on has changed."""
+        sources = self.sources()
+        return self() if sources is None else delta_cache.get(self, sources, self)
 
-        Made anew where it could not be kept right: while gradients are on (the coefficients are about to change), while
-        tracing, for weights without version counters, and where hooks bring weights in for the call alone.
+    def sources(self) -> tuple[torch.Tensor, ...] | None:
+        """What the weight change depends on; None where something made from it could not be kept right.
+
+        That is while gradients are on (the coefficients are about to change), while tracing, for weights without
+        version counters, and where hooks bring weights in for the call alone.
         """
         if torch.compiler.is_compiling():
-            return self()
-        sources = (self.coefficients, *self.buffers())
-        hooked = self._forward_pre_hooks or "forward" in self.__dict__
-        if torch.is_grad_enabled() or hooked or any(t.is_inference() for t in sources):
+            return None
+        if torch.is_grad_enabled() or self._forward_pre_hooks or "forward" in self.__dict__:
             delta_cache.drop(id(self))
-            return self()
-        return delta_cache.get(self, sources, self)
+            return None
+        sources = (
+            self.coefficients, self.positions, self.row_order, self.column_order, self.row_sign, self.column_sign,
+        )  # fmt: skip
+        return None if self.coefficients.is_inference() or self.positions.is_inference() else sources
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, positions={len(self.positions)}, numbers={self.coefficients.numel()}"
@@ -229,24 +236,46 @@ class S2FTLinear(nn.Module, S2FTLayer):
         """The scaled delta weight (out_features, in_features) of an adapter, in float32."""
         return self.s2ft_delta[adapter].kept() * self.effective_scale(adapter)
 
-    def _active_delta(self) -> torch.Tensor | None:
-        deltas = [self.get_delta_weight(name) for name in self._active() if self.effective_scale(name) != 0]
-        return sum(deltas[1:], start=deltas[0]) if deltas else None
+    def _scales(self) -> dict[str, float]:
+        """The adapters that count at this moment, with their scales."""
+        scales = {name: self.effective_scale(name) for name in self._active()}
+        return {name: scale for name, scale in scales.items() if scale != 0}
+
+    def _active_delta(self, scales: dict[str, float]) -> torch.Tensor:
+        deltas = [self.s2ft_delta[name].kept() * scale for name, scale in scales.items()]
+        return sum(deltas[1:], start=deltas[0])
+
+    def _kept(
+        self, scales: dict[str, float], weight: torch.Tensor | None, make: Callable[[], torch.Tensor], kind: object
+    ) -> torch.Tensor:
+        """What `make` makes of the active deltas (and of `weight`), kept while all it depends on stays as it is."""
+        sources = [] if weight is None else [weight]
+        for name in scales:
+            part = self.s2ft_delta[name].sources()
+            if part is None:
+                if not torch.compiler.is_compiling():
+                    delta_cache.drop(id(self))
+                return make()
+            sources.extend(part)
+        return delta_cache.get(self, sources, make, (kind, tuple(scales.items())))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        delta = None if self.merged else self._active_delta()
-        if delta is None:
-            return self.base_layer(x, *args, **kwargs)
+        scales = {} if self.merged else self._scales()
         base = self.base_layer
-        if x.dtype == delta.dtype and _is_plain(base, x):
-            return F.linear(x, base.weight + delta, base.bias)
+        if not scales:
+            return base(x, *args, **kwargs)
+        if _is_plain(base, x):
+            weight = self._kept(scales, base.weight, lambda: base.weight + self._active_delta(scales), None)
+            return F.linear(x, weight, base.bias)
         result = base(x, *args, **kwargs)
         dtype = result.dtype
-        return result + F.linear(x.to(dtype), delta.to(dtype))
+        return result + F.linear(
+            x.to(dtype), self._kept(scales, None, lambda: self._active_delta(scales).to(dtype), dtype)
+        )
 
     # Merging: PEFT's word for fusing
 
@@ -347,6 +376,7 @@ def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
         type(base) is nn.Linear
         and type(base.weight.data) is torch.Tensor
         and base.weight.dtype == x.dtype
+        and x.dtype in (torch.float32, torch.float64)
         and base.weight.device == x.device
         and "forward" not in base.__dict__
         and not base._forward_hooks

@@ -42,7 +42,7 @@ def test_made_once_without_gradients(layer) -> None:
     assert torch.equal(first, reference(layer, x))
 
 
-@pytest.mark.parametrize("change", ["in place", "optimizer", "load", "assign", "positions", "convert"])
+@pytest.mark.parametrize("change", ["in place", "optimizer", "load", "assign", "positions", "convert", "base"])
 def test_never_stale(layer, change) -> None:
     x = torch.randn(3, 12)
     delta = layer.s2ft_delta["default"]
@@ -56,6 +56,8 @@ def test_never_stale(layer, change) -> None:
             delta.coefficients.data = delta.coefficients.data * 2
         elif change == "positions":
             delta.positions.copy_(delta.positions.flip(0))
+        elif change == "base":
+            layer.get_base_layer().weight.add_(1.0)
         elif change == "convert":
             layer.half().float()
     if change == "optimizer":
@@ -71,7 +73,7 @@ def test_never_stale(layer, change) -> None:
 def test_nothing_is_kept_while_training(layer) -> None:
     delta_cache.clear()
     layer(torch.randn(3, 12))
-    assert delta_cache.bytes == 16 * 12 * 4
+    assert delta_cache.bytes == 2 * 16 * 12 * 4  # the delta, and the weight it was added to
     with torch.enable_grad():
         layer(torch.randn(3, 12))
     assert delta_cache.bytes == 0

@@ -1,0 +1,140 @@
+"""What the app costs: images a minute beside the bare pipeline, and a switch between adapters.
+
+    python -m benchmarks.app --json docs/results/app.json
+
+Both are asked for the same images in turn: the bare pipeline by a call, the app (`python -m app`, in a process of its
+own) over HTTP. The bare pipeline makes images one by one, as the app does, so that an image depends on
+its seed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import torch
+from diffusers import DDIMScheduler
+
+from app.arguments import parse_arguments
+from app.engine import load_base
+from app.server import DEMO_ADAPTERS
+
+STEPS, GUIDANCE, PROMPT = 25, 4.0, "a photo of sks cat in the snow"
+
+
+def timed(action: Callable[..., object], *values: object) -> float:
+    begun = time.perf_counter()
+    action(*values)
+    return time.perf_counter() - begun
+
+
+def call(address: str, endpoint: str, *values: object) -> list:
+    """Call an endpoint over plain HTTP. (Gradio's Python client polls: here it would take a fifth of a core.)"""
+    begun = httpx.post(f"{address}gradio_api/call/{endpoint}", json={"data": values}).json()
+    with httpx.stream("GET", f"{address}gradio_api/call/{endpoint}/{begun['event_id']}", timeout=None) as lines:
+        for line in lines.iter_lines():
+            if line.startswith("event: "):
+                event = line.removeprefix("event: ")
+            elif event == "complete" and line.startswith("data: "):
+                return json.loads(line.removeprefix("data: "))
+            elif event == "error":
+                raise RuntimeError(f"{endpoint}: {line}")
+    raise RuntimeError(f"{endpoint} ended without a result")
+
+
+@contextmanager
+def serving(base: str, adapters: list[str], outputs: str) -> Iterator[str]:
+    """The app in a process of its own; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "app", "--base", base, "--adapters", *adapters, "--outputs", outputs]
+    server = subprocess.Popen([*command, "--port", str(port)], stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        while server.poll() is None:
+            with suppress(httpx.HTTPError):
+                httpx.get(address)
+                break
+            time.sleep(0.2)
+        yield address
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="toybox")
+    parser.add_argument("--adapters", nargs="+", default=[str(DEMO_ADAPTERS)], help="at least two adapters")
+    parser.add_argument("--images", type=int, default=8, help="images a request")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as outputs, serving(args.base, args.adapters, outputs) as address:
+        options = parse_arguments(["--outputs", outputs])
+        bare = load_base(args.base, options.device, options.dtype)
+        bare.scheduler = DDIMScheduler.from_config(bare.scheduler.config)
+        found = call(address, "list_adapters", "", "name")[0]
+        first, second = [adapter["id"] for adapter in found if adapter["usable"]][:2]
+
+        def plain(seed: int) -> None:
+            for i in range(args.images):
+                bare(
+                    PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+                    generator=torch.Generator().manual_seed(seed + i),
+                )  # fmt: skip
+
+        def served(adapter: str, seed: int, images: int = args.images, steps: int = STEPS) -> None:
+            call(address, "generate", PROMPT, "", adapter, 1, "", 1, steps, GUIDANCE, seed, images, "DDIM")
+
+        rows: dict[str, list[float]] = {"bare pipeline": [], "app, no adapter": [], "app, adapter": []}
+        for number in range(args.rounds + 1):
+            measured = timed(plain, number), timed(served, "", number), timed(served, first, number)
+            if number:  # the first round warms up
+                for row, seconds in zip(rows.values(), measured, strict=True):
+                    row.append(seconds / args.images)
+        switches: dict[str, list[float]] = {"same adapter": [], "other adapter": []}
+        served(first, 0, 1, 2)
+        served(second, 0, 1, 2)
+        for number in range(4 * args.rounds):
+            served(first, number, 1, 2)
+            switches["same adapter"].append(timed(served, first, number, 1, 2))
+            switches["other adapter"].append(timed(served, second, number, 1, 2))
+
+    medians = {name: statistics.median(values) for name, values in rows.items()}
+    per_switch = {name: statistics.median(values) for name, values in switches.items()}
+    report = {
+        "command": f"python -m benchmarks.app --images {args.images} --rounds {args.rounds}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {options.device}",
+        "base": args.base,
+        "seconds_per_image": medians,
+        "images_per_minute": {name: 60 / value for name, value in medians.items()},
+        "relative_to_bare": {name: medians["bare pipeline"] / value for name, value in medians.items()},
+        "short_request_seconds": per_switch,
+        "switch_seconds": per_switch["other adapter"] - per_switch["same adapter"],
+    }
+    for name, value in medians.items():
+        print(f"{name:18}{60 / value:8.1f} images/min {medians['bare pipeline'] / value:8.3f}")
+    print(f"a request of one image in two steps: {1000 * per_switch['same adapter']:.0f} ms")
+    print(f"a switch of adapters: {1000 * report['switch_seconds']:.1f} ms")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
