@@ -51,7 +51,7 @@ class Page:
         self.first = choices[0][1] if choices else NONE
 
     def build(self) -> gr.Blocks:
-        with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400)) as blocks:
             gr.HTML(
                 f"<h1>{TITLE}</h1><p>Adapters of about a megabyte on "
                 f"<b>{self.app.engine.base.rstrip('/').rsplit('/', 1)[-1]}</b>.</p>",

@@ -26,7 +26,8 @@ from s2ft_diffusion.pipeline import check_fits, check_shapes, find_adapter_file
 from .limits import RequestError
 
 TILE = 192
-MAX_FILES = 2000
+MAX_FILES = 2000  # looked at in one folder
+MAX_OWN = 500  # uploads and trainings together
 SORTS = ("newest", "name", "smallest", "fewest numbers")
 
 
@@ -188,8 +189,10 @@ class Library:
     def add(self, path: Path) -> Entry:
         """Copy a file in under a name of our own, if it passes the strict reader and fits the base.
 
-        Raises RequestError otherwise, and keeps nothing.
+        Raises RequestError otherwise, and where there are too many already; keeps nothing then.
         """
+        if len(list(self.folder.glob("*.safetensors"))) >= MAX_OWN:
+            raise RequestError("The library is full; ask whoever runs this app to make room.")
         try:
             check_fits(read_adapter(path), self.components, "the file")
         except AdapterFileError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 from pathlib import Path
@@ -19,7 +20,7 @@ from .training import TrainingQueue
 
 logger = logging.getLogger("app")
 DEMO_ADAPTERS = Path(__file__).parent / "adapters"
-QUEUE_LOOKS_EVERY = 0.05  # seconds
+QUEUE_LOOKS_EVERY = 0.02  # seconds
 MADE_BY_DEMO = ROOT / "outputs" / "demo" / "adapter"
 
 
@@ -64,6 +65,8 @@ def launch(args: argparse.Namespace, *, block: bool = True) -> tuple[gr.Blocks, 
         prevent_thread_lock=True,
         quiet=True,
     )
+    gc.collect()
+    gc.freeze()  # what is there now stays: looking through it again and again would slow down every generation
     usable = len(app.library.choices())
     logger.info("%s with %d adapters, at %s", args.base, usable, address)
     if block:

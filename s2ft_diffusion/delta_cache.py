@@ -51,7 +51,7 @@ class DeltaCache:
         Else a new one from `make`, kept if the budget allows.
         """
         key = id(owner)
-        state = [options, *((t.data_ptr(), t._version, t.dtype, t.device) for t in sources)]
+        state = [options, *[(t.data_ptr(), t._version) for t in sources]]
         with self._lock:
             if key in self._kept and self._kept[key][0] == state:
                 self._kept.move_to_end(key)
@@ -60,7 +60,8 @@ class DeltaCache:
         with self._lock:
             self.drop(key)
             if tensor.nbytes <= self._budget:
-                # Holding on to the sources' memory: nothing else can appear at its address meanwhile.
+                # Holding on to the sources' memory: nothing else can appear at its address meanwhile, and what moves
+                # to another type or device gets another address.
                 self._kept[key] = (state, [t.detach() for t in sources], tensor)
                 self.bytes += tensor.nbytes
                 if key not in self._owners:

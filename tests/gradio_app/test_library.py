@@ -138,6 +138,14 @@ def test_uploads_are_checked_and_stored_under_names_of_ours(library, adapters, t
     assert len(list(library.folder.iterdir())) == 1
 
 
+def test_uploads_are_limited_in_number(library, adapters, monkeypatch) -> None:
+    monkeypatch.setattr("app.library.MAX_OWN", 1)
+    library.add(adapters / "dog.safetensors")
+    with pytest.raises(RequestError, match="full"):
+        library.add(adapters / "cat.safetensors")
+    assert len(list(library.folder.iterdir())) == 1
+
+
 def test_messages_for_strangers_have_no_paths(tmp_path) -> None:
     path = tmp_path / "a.safetensors"
     assert plain(f"{path}: no good", path) == "no good"
