@@ -21,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from s2ft_diffusion import read_info, toybox
+from s2ft_diffusion import read_header, toybox
 from s2ft_diffusion.toybox.subjects import write_photos
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,9 +77,9 @@ def main() -> None:
         subprocess.run(command, check=True, cwd=ROOT)
         shutil.rmtree(base)
         training = json.loads((output / "training.json").read_text())
-        _, header = read_info(training["adapter"])
+        header = read_header(training["adapter"])
     report = {
-        "layers": len(header["shapes"]["unet"]),
+        "layers": len(header.shapes["unet"]),
         "trainable": training["trainable"],
         "share": training["share"],
         "adapter_bytes": training["adapter_bytes"],
