@@ -19,6 +19,7 @@ import train_dreambooth_s2ft as recipe
 from s2ft_diffusion.adapter_file import WEIGHTS_NAME, read_adapter
 from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.publish import class_words
 from tests.conftest import ROOT, SHARED, generate
 
 ENVIRONMENT = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1"}
@@ -65,6 +66,7 @@ def test_end_to_end(photos, tmp_path, pipe) -> None:
     assert adapter.trainable == 28 * 200
     assert adapter.info.instance_prompt == "a photo of sks my dog"
     assert adapter.info.date == "2023-11-14"
+    assert (adapter.info.subject, adapter.info.class_name) == ("my dog", "my dog")
     assert adapter.info.thumbnail is not None
     report = json.loads((output / "training.json").read_text())
     assert report["adapter_bytes"] == (output / WEIGHTS_NAME).stat().st_size
@@ -87,6 +89,18 @@ def test_end_to_end(photos, tmp_path, pipe) -> None:
     assert snippet.count("\n") == 2
     exec(snippet, scope)
     assert not torch.equal(generate(scope["pipe"]), base)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (("a photo of a dog", "a photo of sks rex"), "dog"),
+        ((None, "a photo of sks dog"), "dog"),
+        ((None, "a photo of my dog"), ""),
+    ],
+)
+def test_words_of_the_class(prompts, words) -> None:
+    assert class_words(*prompts) == words
 
 
 def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> None:

@@ -27,11 +27,18 @@ def describe(args: argparse.Namespace, facts: dict[str, Any], samples: Sequence[
         base_model=args.pretrained_model_name_or_path,
         instance_prompt=args.instance_prompt,
         subject=words,
-        class_name=args.class_prompt.removeprefix("a photo of ").removeprefix("a ") if args.class_prompt else words,
+        class_name=class_words(args.class_prompt, args.instance_prompt) or words,
         date=str(date.fromtimestamp(int(epoch)) if epoch else date.today()),
         training=facts,
         thumbnail=make_thumbnail(Image.open(samples[0])) if samples else None,
     )
+
+
+def class_words(class_prompt: str | None, instance_prompt: str) -> str:
+    """What the subject is: "dog" of "a photo of a dog", else of "a photo of sks dog"; "" where neither says."""
+    if class_prompt:
+        return class_prompt.removeprefix("a photo of ").removeprefix("a ")
+    return instance_prompt.partition("sks ")[2]
 
 
 def usage_snippet(base: str, adapter: str) -> str:
