@@ -150,7 +150,6 @@ class Engine:
         first = self.threads.submit(self._load, pipelines).result()
         self.scheduler_config = dict(first.scheduler.config)
         self.components: Mapping[str, torch.nn.Module] = {"unet": first.unet, "text_encoder": first.text_encoder}
-        self.size = first.unet.config.sample_size * first.vae_scale_factor
 
     def _load(self, pipelines: int) -> StableDiffusionPipeline:
         first = load_base(self.base, self.device, self.dtype)

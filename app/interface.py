@@ -284,11 +284,9 @@ class Page:
             adapter = self.adapter_choice("Adapter", self.first)
             layer = gr.Dropdown([], label="Layer", value="", allow_custom_value=True)
             go = gr.Button(
-                "Look inside", variant="primary", min_width=120, scale=0, elem_id="inspect", elem_classes="beside"
+                "Inspect", variant="primary", min_width=120, scale=0, elem_id="inspect", elem_classes="beside"
             )
-        plot = gr.BarPlot(
-            x="layer", y="size", title="Size of each layer's weight change", height=240, x_label_angle=-60
-        )
+        plot = gr.BarPlot(x="number", y="size", title="Size of each layer's weight change", height=240, tooltip="all")
         pictures = gr.Gallery(label="The layer", format="png", columns=3, height=430, elem_id="pictures")
         gr.on(
             [go.click, layer.input],

@@ -6,6 +6,7 @@ What is shown is read from those files, so that a page can be reloaded and the a
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -134,7 +135,8 @@ class TrainingQueue:
 
     def place(self, job: Job) -> int:
         """How many jobs come before a waiting one."""
-        return [j.id for j in self.jobs.values() if j.state in UNFINISHED].index(job.id)
+        earlier = itertools.takewhile(lambda other: other is not job, self.jobs.values())
+        return sum(other.state in UNFINISHED for other in earlier)
 
     def cancel(self, job: Job) -> None:
         """Stop a job, waiting or running."""

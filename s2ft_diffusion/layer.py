@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -249,14 +250,13 @@ class S2FTLinear(nn.Module, S2FTLayer):
         self, scales: dict[str, float], weight: torch.Tensor | None, make: Callable[[], torch.Tensor], kind: object
     ) -> torch.Tensor:
         """What `make` makes of the active deltas (and of `weight`), kept while all it depends on stays as it is."""
-        sources = [] if weight is None else [weight]
-        for name in scales:
-            part = self.s2ft_delta[name].sources()
-            if part is None:
-                if not torch.compiler.is_compiling():
-                    delta_cache.drop(id(self))
-                return make()
-            sources.extend(part)
+        if torch.compiler.is_compiling():
+            return make()
+        parts = [self.s2ft_delta[name].sources() for name in scales]
+        if None in parts or (weight is not None and weight.is_inference()):
+            delta_cache.drop(id(self))
+            return make()
+        sources = [*([] if weight is None else [weight]), *itertools.chain.from_iterable(parts)]
         return delta_cache.get(self, sources, make, (kind, tuple(scales.items())))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -305,6 +305,7 @@ class S2FTLinear(nn.Module, S2FTLayer):
         self._warn_of_rounding(weight.data, fused, scales)
         self._unfused_weight = unfused
         weight.data = fused
+        delta_cache.drop(id(self))  # it holds on to the weight as it was
         self._fused_scales.update(scales)
         self.merged_adapters.extend(adapter_names)
 

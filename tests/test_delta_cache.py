@@ -69,6 +69,29 @@ def test_never_stale(layer, change) -> None:
     assert torch.equal(after, reference(layer, x))
 
 
+def test_models_made_under_inference_mode() -> None:
+    """Their weights have no version counters: nothing can be kept, and nothing fails."""
+    with torch.inference_mode():
+        model = torch.nn.Sequential(torch.nn.Linear(12, 16))
+    inject_adapter_in_model(S2FTConfig(target_modules=["0"], n_frequency=40, init_weights=False), model)
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        wanted = x @ (model[0].base_layer.weight + model[0].get_delta_weight("default")).T + model[0].base_layer.bias
+        torch.testing.assert_close(model(x), wanted)
+
+
+@torch.no_grad()
+def test_fusing_lets_go_of_the_weight_as_it_was(layer) -> None:
+    delta_cache.clear()
+    x = torch.randn(3, 12)
+    before = layer(x)
+    layer.merge()
+    assert delta_cache.bytes == 16 * 12 * 4  # the delta alone
+    assert torch.equal(layer(x), before)
+    layer.unmerge()
+    assert torch.equal(layer(x), before)
+
+
 @torch.no_grad()
 def test_nothing_is_kept_while_training(layer) -> None:
     delta_cache.clear()
