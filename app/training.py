@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,8 @@ class TrainingQueue:
         )
         store_photos(photos, self.folder / name / "photos" / _words(job.subject))
         with self._wake:
-            self.jobs[name] = job
             self._save(job)
+            self.jobs[name] = job
             self._wake.notify_all()
         return job
 
@@ -143,8 +143,7 @@ class TrainingQueue:
         with self._wake:
             if job.state not in UNFINISHED:
                 return
-            job.state, job.message = "cancelled", "cancelled"
-            self._save(job)
+            self._set(job, state="cancelled", message="cancelled")
             if self._child and self._child[0] == job.id:
                 _stop(self._child[1])
 
@@ -191,8 +190,7 @@ class TrainingQueue:
                     self._wake.wait()
                     continue
                 job = waiting[0]
-                job.state = "running"
-                self._save(job)
+                self._set(job, state="running")
             try:
                 self._run(job)
             except Exception as error:  # whatever it is, the next job shall run
@@ -235,16 +233,21 @@ class TrainingQueue:
         if code != 0 or not result.is_file():
             self._end(job, "failed", _last_words(folder / "log.txt", code))
             return
-        job.adapter = self.finished(result)
-        self._end(job, "done", "")
+        self._end(job, "done", "", self.finished(result))
 
-    def _end(self, job: Job, state: str, message: str) -> None:
+    def _end(self, job: Job, state: str, message: str, adapter: str | None = None) -> None:
         with self._wake:
-            if job.state != "cancelled":
-                job.state, job.message = state, message
-            self._save(job)
+            if job.state == "cancelled":
+                state, message = job.state, job.message
+            self._set(job, state=state, message=message, adapter=adapter)
 
     # Files
+
+    def _set(self, job: Job, **changes: Any) -> None:
+        """Change a job, in its file first: what has been seen here is there after a crash too."""
+        self._save(replace(job, **changes))
+        for name, value in changes.items():
+            setattr(job, name, value)
 
     def _save(self, job: Job) -> None:
         path = self.folder / job.id / "job.json"
@@ -259,8 +262,7 @@ class TrainingQueue:
             except (TypeError, ValueError):
                 continue
             if job.state in UNFINISHED:
-                job.state, job.message = "failed", "the app was stopped before it was done"
-                self._save(job)
+                self._set(job, state="failed", message="the app was stopped before it was done")
             self.jobs[job.id] = job
 
 

@@ -12,7 +12,7 @@ from transformers import ViTModel
 pytest.importorskip("open_clip")
 
 from eval.toybox import DINO_FOLDER
-from eval.toybox.pretrain import random_individual, to_batch, views_of
+from eval.toybox.pretrain import random_individual, to_batch, train_clip, train_dino, views_of
 from s2ft_diffusion.toybox.subjects import SUBJECTS
 from s2ft_diffusion.toybox.world import render
 
@@ -38,3 +38,14 @@ def test_dino_tells_individuals_of_one_class_apart() -> None:
         other += (own @ features(others).T).flatten().tolist()
     same, other = np.array(same)[:, None], np.array(other)[None]
     assert (same > other).mean() + 0.5 * (same == other).mean() >= 0.95
+
+
+@pytest.mark.parametrize(("train", "count"), [(train_dino, 120), (train_clip, 12)])
+def test_training_goes_on_where_it_stopped(train, count, tmp_path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    once.mkdir()
+    twice.mkdir()
+    expected = train(once, 2, count, batch=6).state_dict()
+    train(twice, 1, count, batch=6)
+    found = train(twice, 2, count, batch=6).state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import time
 from dataclasses import replace
@@ -116,7 +117,7 @@ def to_batch(pictures: np.ndarray, generator: torch.Generator | None = None) -> 
 
 def schedule(optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + np.cos(np.pi * step / steps))
+        group["lr"] = rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 # The self-supervised ViT ---------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def train_dino(work_dir: Path, steps: int, individuals: int, batch: int = 64, te
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        momentum = 1 - 0.01 * 0.5 * (1 + np.cos(np.pi * i / steps))
+        momentum = 1 - 0.01 * 0.5 * (1 + math.cos(math.pi * i / steps))
         with torch.no_grad():
             for slow, fast in zip(teacher.parameters(), student.parameters(), strict=True):
                 slow.lerp_(fast, 1 - momentum)

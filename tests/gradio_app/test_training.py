@@ -71,6 +71,21 @@ def test_a_training_ends_in_the_library(queue, photos, library) -> None:
     again.close()
 
 
+def test_a_state_is_in_its_file_before_it_is_shown(queue, photos, monkeypatch) -> None:
+    saved, save = [], queue._save
+    monkeypatch.setattr(
+        queue,
+        "_save",
+        lambda job: (save(job), saved.append((getattr(queue.jobs.get(job.id), "state", None), job.state))),
+    )
+    submit(queue, photos, steps=5000)
+    second = submit(queue, photos)
+    queue.cancel(second)
+    assert (None, "waiting") in saved
+    assert ("waiting", "cancelled") in saved
+    assert second.state == "cancelled"
+
+
 def test_cancelling_a_running_one(queue, photos) -> None:
     job = submit(queue, photos, steps=5000)
     until(lambda: len(queue.progress(job).losses) > 3)
