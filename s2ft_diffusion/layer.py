@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from .config import S2FTConfig
 from .delta_cache import delta_cache
+from .product import ProductIndex, index_product, prefers_spectrum, spectral_product
 from .rearrange import Rearrangement
 from .seeding import seeded
 from .spectrum import SpectrumIndex, count_positions, delta_weight, index_spectrum, sample_positions
@@ -28,8 +28,9 @@ class SpectralDelta(nn.Module):
     State, for a (d, k) layer with m positions: `coefficients` (m, 2) or (m,) float, `positions` (m, 2) int32,
     `row_order` (d,) and `column_order` (k,) int32, `row_sign` (d,) and `column_sign` (k,) int8.
 
-    Calling it gives the unscaled (d, k) weight change in float32 (float64 for float64 coefficients). A module, so that
-    whatever moves a module's weights around its call (offloading, sharding) finds it.
+    Calling it gives the unscaled (d, k) weight change in float32 (float64 for float64 coefficients), or, with inputs
+    (..., k), their product (..., d) with it. A module, so that whatever moves a module's weights around its call
+    (offloading, sharding) finds it.
     """
 
     def __init__(self, shape: tuple[int, int], config: S2FTConfig, positions: torch.Tensor) -> None:
@@ -46,7 +47,7 @@ class SpectralDelta(nn.Module):
         self.register_buffer("column_order", identity.column_order)
         self.register_buffer("row_sign", identity.row_sign)
         self.register_buffer("column_sign", identity.column_sign)
-        self._prepared: tuple[list[tuple[torch.Tensor, int]], SpectrumIndex, Rearrangement] | None = None
+        self._indexes: dict[type, tuple[list[tuple[torch.Tensor, int, torch.device]], Any]] = {}
 
     @property
     def rearrangement(self) -> Rearrangement:
@@ -59,51 +60,62 @@ class SpectralDelta(nn.Module):
         for name in ("row_order", "column_order", "row_sign", "column_sign"):
             getattr(self, name).copy_(getattr(rearrangement, name))
         self.coefficients.zero_()
-        self._prepared = None
+        self._indexes.clear()
 
-    def _prepare(self) -> tuple[SpectrumIndex, Rearrangement]:
-        """Index tensors derived from the buffers, made anew whenever a buffer has changed or moved (in a traced graph:
-        in every call)."""
-        if torch.compiler.is_compiling():
+    def _indexed(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
+        """The index made of the buffers, kept in training until a buffer has changed or moved.
+
+        Not in sampling: a pipeline may hold many adapters, and an index takes more room than what it is made from.
+        """
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.positions.is_inference():
+            self._indexes.clear()
+            return self._index(kind)
+        state = [(buffer, buffer._version, buffer.device) for buffer in self._buffers.values()]
+        if kind in self._indexes:
+            seen, index = self._indexes[kind]
+            if all(a is b and v == w and x == y for (a, v, x), (b, w, y) in zip(seen, state, strict=True)):
+                return index
+        index = self._index(kind)
+        self._indexes[kind] = (state, index)
+        return index
+
+    def _index(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
+        if kind is SpectrumIndex:
             return index_spectrum(self.positions, self.shape), self.rearrangement
-        buffers = [self.positions, self.row_order, self.column_order, self.row_sign, self.column_sign]
-        if self._prepared is not None:
-            seen, index, rearrangement = self._prepared
-            same = all(a is b and b._version == v for (a, v), b in zip(seen, buffers, strict=True))
-            if same and index.gather.device == self.positions.device:
-                return index, rearrangement
-        index, rearrangement = index_spectrum(self.positions, self.shape), self.rearrangement
-        if not any(buffer.is_inference() for buffer in buffers):
-            self._prepared = ([(buffer, buffer._version) for buffer in buffers], index, rearrangement)
-        return index, rearrangement
+        return index_product(self.positions, self.rearrangement, self.norm, real=self.coefficients.ndim == 1)
 
-    def forward(self) -> torch.Tensor:
-        index, rearrangement = self._prepare()
+    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
         coefficients = self.coefficients
         if coefficients.dtype != torch.float64:
             coefficients = coefficients.float()  # no transform exists in half precision
+        if x is not None:
+            return spectral_product(x, coefficients, self._indexed(ProductIndex))
+        index, rearrangement = self._indexed(SpectrumIndex)
         return delta_weight(coefficients, index, rearrangement, self.norm)
+
+    def prefers_product(self, x: torch.Tensor) -> bool:
+        """Whether to multiply inputs x (..., in_features) in the spectrum, where the dense change is for them alone."""
+        if torch.compiler.is_compiling():
+            return False
+        return prefers_spectrum(x.numel() // x.shape[-1], len(self.positions), self.shape)
 
     def kept(self) -> torch.Tensor:
         """The same weight change, made once and kept until something it depends on has changed."""
         sources = self.sources()
-        return self() if sources is None else delta_cache.get(self, sources, self)
+        return self() if sources is None else delta_cache.get(self, None, sources, self)
 
-    def sources(self) -> tuple[torch.Tensor, ...] | None:
+    def sources(self) -> list[torch.Tensor] | None:
         """What the weight change depends on; None where something made from it could not be kept right.
 
-        That is while gradients are on (the coefficients are about to change), while tracing, for weights without
-        version counters, and where hooks bring weights in for the call alone.
+        That is while gradients are on (the coefficients are about to change), while tracing, and where hooks bring
+        weights in for the call alone.
         """
         if torch.compiler.is_compiling():
             return None
         if torch.is_grad_enabled() or self._forward_pre_hooks or "forward" in self.__dict__:
-            delta_cache.drop(id(self))
+            delta_cache.drop(self)
             return None
-        sources = (
-            self.coefficients, self.positions, self.row_order, self.column_order, self.row_sign, self.column_sign,
-        )  # fmt: skip
-        return None if self.coefficients.is_inference() or self.positions.is_inference() else sources
+        return [*self._parameters.values(), *self._buffers.values()]
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, positions={len(self.positions)}, numbers={self.coefficients.numel()}"
@@ -217,7 +229,8 @@ class S2FTLinear(nn.Module, S2FTLayer):
 
     On a plain float32 `nn.Linear` the input is multiplied once, by W + delta. In every other case - low precision,
     autocast, quantised weights, other adapters or hooks on the base layer - the base layer is called as it is and the
-    delta's product added in the compute dtype: W + delta in bfloat16 would round a small delta away.
+    delta's product added in the compute dtype: W + delta in bfloat16 would round a small delta away. In training, a
+    layer that sees few tokens multiplies them in the spectrum, and no dense delta is made at all (`product.py`).
     """
 
     def __init__(
@@ -239,43 +252,62 @@ class S2FTLinear(nn.Module, S2FTLayer):
 
     def _scales(self) -> dict[str, float]:
         """The adapters that count at this moment, with their scales."""
-        scales = {name: self.effective_scale(name) for name in self._active()}
-        return {name: scale for name, scale in scales.items() if scale != 0}
-
-    def _active_delta(self, scales: dict[str, float]) -> torch.Tensor:
-        deltas = [self.s2ft_delta[name].kept() * scale for name, scale in scales.items()]
-        return sum(deltas[1:], start=deltas[0])
+        active = self._active_adapter
+        scales = {}
+        for name in [active] if isinstance(active, str) else active:
+            if name in self.s2ft_scaling and (scale := self.effective_scale(name)) != 0:
+                scales[name] = scale
+        return scales
 
     def _kept(
-        self, scales: dict[str, float], weight: torch.Tensor | None, make: Callable[[], torch.Tensor], kind: object
+        self, scales: dict[str, float], weight: torch.Tensor | None, kind: object, make: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
         """What `make` makes of the active deltas (and of `weight`), kept while all it depends on stays as it is."""
         if torch.compiler.is_compiling():
             return make()
-        parts = [self.s2ft_delta[name].sources() for name in scales]
-        if None in parts or (weight is not None and weight.is_inference()):
-            delta_cache.drop(id(self))
-            return make()
-        sources = [*([] if weight is None else [weight]), *itertools.chain.from_iterable(parts)]
-        return delta_cache.get(self, sources, make, (kind, tuple(scales.items())))
+        sources = [] if weight is None else [weight]
+        deltas = self.s2ft_delta._modules
+        for name in scales:
+            if (found := deltas[name].sources()) is None:
+                delta_cache.drop(self)
+                return make()
+            sources += found
+        return delta_cache.get(self, (kind, *scales.items()), sources, make)
+
+    def _fused_weight(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
+        for name, scale in scales.items():
+            delta = self.s2ft_delta[name].kept()
+            # Adding in one pass where no graph needs the product.
+            weight = weight + delta * scale if torch.is_grad_enabled() else torch.add(weight, delta, alpha=scale)
+        return weight
+
+    def _active_delta(self, scales: dict[str, float], dtype: torch.dtype) -> torch.Tensor:
+        deltas = [self.s2ft_delta[name].kept() * scale for name, scale in scales.items()]
+        return sum(deltas[1:], start=deltas[0]).to(dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters:
+        # Called some thousand times an image: attributes of modules are looked up no more often than needed.
+        base = self._modules["base_layer"]
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        scales = {} if self.merged else self._scales()
-        base = self.base_layer
+            return base(x, *args, **kwargs)
+        scales = {} if self.merged_adapters else self._scales()
         if not scales:
             return base(x, *args, **kwargs)
+        if torch.is_grad_enabled() and all(self.s2ft_delta[name].prefers_product(x) for name in scales):
+            result = base(x, *args, **kwargs)
+            for name, scale in scales.items():
+                result = result + (self.s2ft_delta[name](x) * scale).to(result.dtype)
+            return result
         if _is_plain(base, x):
-            weight = self._kept(scales, base.weight, lambda: base.weight + self._active_delta(scales), None)
-            return F.linear(x, weight, base.bias)
+            weight = base._parameters["weight"]
+            fused = self._kept(scales, weight, None, lambda: self._fused_weight(weight, scales))
+            return F.linear(x, fused, base._parameters["bias"])
         result = base(x, *args, **kwargs)
         dtype = result.dtype
-        return result + F.linear(
-            x.to(dtype), self._kept(scales, None, lambda: self._active_delta(scales).to(dtype), dtype)
-        )
+        delta = self._kept(scales, None, dtype, lambda: self._active_delta(scales, dtype))
+        return result + F.linear(x.to(dtype), delta)
 
     # Merging: PEFT's word for fusing
 
@@ -305,7 +337,7 @@ class S2FTLinear(nn.Module, S2FTLayer):
         self._warn_of_rounding(weight.data, fused, scales)
         self._unfused_weight = unfused
         weight.data = fused
-        delta_cache.drop(id(self))  # it holds on to the weight as it was
+        delta_cache.drop(self)  # it holds on to the weight as it was
         self._fused_scales.update(scales)
         self.merged_adapters.extend(adapter_names)
 
@@ -373,14 +405,13 @@ class S2FTLinear(nn.Module, S2FTLayer):
 
 def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether calling `base` is nothing but `F.linear` in float32: no other adapter, no hook, no cast in between."""
+    if type(base) is not nn.Linear or "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
+        return False
+    weight, dtype = base._parameters["weight"], x.dtype
     return (
-        type(base) is nn.Linear
-        and type(base.weight.data) is torch.Tensor
-        and base.weight.dtype == x.dtype
-        and x.dtype in (torch.float32, torch.float64)
-        and base.weight.device == x.device
-        and "forward" not in base.__dict__
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
+        type(weight) in (nn.Parameter, torch.Tensor)
+        and weight.dtype == dtype
+        and (dtype == torch.float32 or dtype == torch.float64)
+        and weight.device == x.device
         and not torch.is_autocast_enabled(x.device.type)
     )

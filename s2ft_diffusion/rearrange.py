@@ -5,6 +5,7 @@ Pure functions of torch tensors; nothing here knows about models.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -59,6 +60,28 @@ class Rearrangement:
         signed = weight * self.row_sign.to(weight.dtype)[:, None] * self.column_sign.to(weight.dtype)
         return signed.index_select(0, self.row_order).index_select(1, self.column_order)
 
+    # The same by vectors, the columns of a matrix: T(latent) @ x is scatter_rows(latent @ gather_columns(x)).
+
+    def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs (k, tokens) of a layer, brought into the latent matrix's order and signs."""
+        return x.index_select(0, self.column_order) * self._signs[1].to(x.dtype)
+
+    def scatter_columns(self, latent: torch.Tensor) -> torch.Tensor:
+        """The inverse, and adjoint, of `gather_columns`."""
+        return latent.index_select(0, self._places[1]) * self.column_sign[:, None].to(latent.dtype)
+
+    def gather_rows(self, y: torch.Tensor) -> torch.Tensor:
+        """Outputs (d, tokens) of a layer, brought into the latent matrix's order and signs."""
+        return y.index_select(0, self.row_order) * self._signs[0].to(y.dtype)
+
+    def scatter_rows(self, latent: torch.Tensor) -> torch.Tensor:
+        """The inverse, and adjoint, of `gather_rows`."""
+        return latent.index_select(0, self._places[0]) * self.row_sign[:, None].to(latent.dtype)
+
+    @cached_property
+    def _signs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.row_sign[self.row_order][:, None], self.column_sign[self.column_order][:, None]
+
 
 def find_rearrangement(
     prior: torch.Tensor,
@@ -77,7 +100,7 @@ def find_rearrangement(
         raise ValueError(f"A prior must be a matrix, got shape {tuple(prior.shape)}.")
     if not torch.isfinite(prior).all():
         raise ValueError("The prior has NaN or infinite entries.")
-    prior = prior.detach().to("cpu", torch.float64)
+    prior = prior.detach().to("cpu", torch.float32)
     found = []
     for matrix in (prior, prior.T):
         start = int(torch.randint(len(matrix), (), generator=generator))
@@ -125,33 +148,46 @@ def nearest_neighbor_order(table: np.ndarray, start: int) -> np.ndarray:
 
 
 def two_opt(table: np.ndarray, order: np.ndarray, max_sweeps: int = MAX_2OPT_SWEEPS) -> np.ndarray:
-    """Shorten an open path by reversing segments until no reversal helps, or `max_sweeps` passes (Croes, 1958).
+    """Shorten an open path by reversing segments until no reversal helps, or for `max_sweeps` sweeps (Croes, 1958).
 
-    The path's length never grows. `table` is a symmetric table of distances (n, n).
+    The path's length never grows. `table` is a symmetric table of distances (n, n). The path is closed by a point that
+    is at no distance from all others, so that its ends are steps like any other. A sweep looks at every step, and
+    again at those that a reversal has made.
     """
-    order = order.copy()
     count = len(order)
     if count < 3:
-        return order
+        return order.copy()
+    closed = np.zeros((count + 1, count + 1), dtype=table.dtype)
+    closed[1:, 1:] = table
+    tolerance = 16 * np.finfo(table.dtype).eps * max(1.0, float(table.max()))
+    tour = np.concatenate([[0], order + 1]).astype(np.intp)
+    following = np.roll(tour, -1)
+    place = np.argsort(tour)
+    step = closed[tour, following]
     for _ in range(max_sweeps):
         improved = False
-        for i in range(-1, count - 2):
-            # Reversing order[i+1 .. j] replaces the steps (i, i+1) and (j, j+1); an end of the path has no step.
-            head = order[i + 1]
-            ends = order[i + 2 :]
-            after = ends[1:]
-            gain = np.zeros(len(ends))
-            gain[:-1] += table[ends[:-1], after] - table[head, after]
-            if i >= 0:
-                gain += table[order[i], head] - table[order[i], ends]
-            best = int(np.argmax(gain))
-            if gain[best] > 1e-12:
-                j = i + 2 + best
-                order[i + 1 : j + 1] = order[i + 1 : j + 1][::-1]
-                improved = True
+        pending = deque(tour.tolist())
+        while pending:
+            i = int(place[pending.popleft()])
+            # Steps (i, i + 1) and (j, j + 1) become (i, j) and (i + 1, j + 1), with what lies between reversed.
+            gain = step - closed[tour[i]].take(tour)
+            gain -= closed[following[i]].take(following)
+            gain[i] = -np.inf
+            j = int(gain.argmax())
+            if gain[j] + step[i] <= tolerance:
+                continue
+            i, j = min(i, j), max(i, j)
+            tour[i + 1 : j + 1] = tour[i + 1 : j + 1][::-1].copy()
+            following[i:j] = tour[i + 1 : j + 1]
+            following[j] = tour[(j + 1) % len(tour)]
+            place[tour[i + 1 : j + 1]] = np.arange(i + 1, j + 1)
+            step[i + 1 : j] = step[i + 1 : j][::-1].copy()
+            step[i], step[j] = closed[tour[i], following[i]], closed[tour[j], following[j]]
+            pending.extend((int(tour[i - 1]), int(tour[i]), int(tour[j - 1]), int(tour[j])))
+            improved = True
         if not improved:
             break
-    return order
+    return tour[1:] - 1
 
 
 def chain_signs(similarity: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -158,23 +158,26 @@ def sample_positions(
     Positions that "power" gives no probability are drawn uniformly where the others don't suffice, with a warning.
     Raises ValueError for a latent that is not finite. `name` says in messages whose positions these are.
     """
-    u, v = _candidates(shape, kind)
+    d, k = shape
+    u = torch.arange(d)[:, None]
+    v = torch.arange(k if kind == "real" else k // 2 + 1)
     if sampling == "power":
         if latent is None:
             raise ValueError('sampling="power" needs the rearranged prior.')
-        amplitude = _amplitude(latent, u, v)
+        amplitude = _amplitude(latent, kind)
         if not torch.isfinite(amplitude).all():
             raise ValueError(f"The prior of {name} has NaN or infinite entries.")
-        log_weight = torch.where(amplitude > 0, gamma * torch.log(amplitude), -math.inf)
+        log_weight = amplitude.log_().mul_(gamma) if gamma else torch.where(amplitude > 0, 0.0, -math.inf)
     elif sampling == "low_frequency":
-        d, k = shape
-        frequency_u = torch.minimum(u, d - u) / d
-        frequency_v = torch.minimum(v, k - v) / k
-        log_weight = -(frequency_u.square() + frequency_v.square()) / (2 * LOW_FREQUENCY_WIDTH**2)
+        distance = (torch.minimum(u, d - u) / d).square() + (torch.minimum(v, k - v) / k).square()
+        log_weight = -distance / (2 * LOW_FREQUENCY_WIDTH**2)
     else:
-        log_weight = torch.zeros(len(u))
+        log_weight = torch.zeros(len(u), len(v))
+    race = -torch.empty(log_weight.shape).exponential_(generator=generator).log_()
+    if kind == "complex":  # in columns that are their own mirrors, half of the places mirror the other half
+        for column in {0, *([k // 2] if k % 2 == 0 else [])}:
+            race[d // 2 + 1 :, column] = log_weight[d // 2 + 1 :, column] = -math.inf
     possible = int(torch.isfinite(log_weight).sum())
-    race = -torch.log(torch.empty(len(u)).exponential_(generator=generator))
     if possible < count:
         warnings.warn(
             f"The prior of {name} has {possible} nonzero spectrum positions, {count} are wanted: "
@@ -183,31 +186,17 @@ def sample_positions(
         )
         race = torch.where(torch.isfinite(log_weight), race + 1e4, race)  # those with a probability come first
     else:
-        race = race + log_weight
-    chosen = torch.topk(race, count, sorted=False).indices.sort().values
-    return torch.stack([u[chosen], v[chosen]], dim=1).int()
+        race += log_weight
+    chosen = torch.topk(race.flatten(), count, sorted=False).indices.sort().values
+    return torch.stack([chosen // len(v), chosen % len(v)], dim=1).int()
 
 
-def _candidates(shape: tuple[int, int], kind: CoefficientKind) -> tuple[torch.Tensor, torch.Tensor]:
-    """All positions (u, v) that a coefficient of a kind may take, in row-major order."""
-    d, k = shape
-    if kind == "real":
-        u, v = torch.meshgrid(torch.arange(d), torch.arange(k), indexing="ij")
-        return u.flatten(), v.flatten()
-    u, v = torch.meshgrid(torch.arange(d), torch.arange(k // 2 + 1), indexing="ij")
-    u, v = u.flatten(), v.flatten()
-    kept = ((v != 0) & (2 * v != k)) | (2 * u <= d)
-    return u[kept], v[kept]
-
-
-def _amplitude(latent: torch.Tensor, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """|DFT2(latent)| at positions (u, v) in float32, relative to the largest; rounding noise counts as zero."""
-    d, k = latent.shape
-    spectrum = torch.fft.rfft2(latent.detach().to("cpu", torch.float32)).abs()
-    mirrored = v >= k // 2 + 1
-    amplitude = spectrum[torch.where(mirrored, -u % d, u), torch.where(mirrored, k - v, v)]
+def _amplitude(latent: torch.Tensor, kind: CoefficientKind) -> torch.Tensor:
+    """|DFT2(latent)| in float32, relative to the largest, of the half plane (d, k // 2 + 1) or, for "real", of the full
+    one (d, k); rounding noise counts as zero."""
+    latent = latent.detach().to("cpu", torch.float32)
+    amplitude = (torch.fft.rfft2(latent) if kind == "complex" else torch.fft.fft2(latent)).abs()
     largest = float(amplitude.max())
     if largest == 0.0 or not math.isfinite(largest):
         return amplitude
-    amplitude = amplitude / largest
-    return torch.where(amplitude < 1e-6, 0.0, amplitude)
+    return torch.nn.functional.threshold(amplitude.div_(largest), 1e-6, 0.0)

@@ -17,9 +17,9 @@ def layer(two_layers, monkeypatch):
     two_layers.first.transforms = []
     original = SpectralDelta.forward
 
-    def counting(self):
+    def counting(self, x=None):
         two_layers.first.transforms.append(1)
-        return original(self)
+        return original(self, x)
 
     monkeypatch.setattr(SpectralDelta, "forward", counting)
     return two_layers.first
@@ -111,7 +111,7 @@ def test_budget_drops_what_was_used_longest_ago() -> None:
     def get(i: int) -> None:
         source = torch.zeros(1) if i not in sources else sources[i]
         sources[i] = source
-        cache.get(owners[i], [source], lambda: made.append(i) or torch.zeros(10))  # 40 bytes
+        cache.get(owners[i], None, [source], lambda: made.append(i) or torch.zeros(10))  # 40 bytes
 
     sources: dict[int, torch.Tensor] = {}
     for i in (0, 1, 0, 2, 0, 1):
