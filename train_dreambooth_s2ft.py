@@ -208,10 +208,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if accelerator.is_main_process:
             bar = tqdm(total=2 + args.push_to_hub, desc="save")
             adapter = collect_adapter(components, ADAPTER, describe(args, facts, samples))
-            size = write_adapter(path, adapter, args.adapter_dtype)
+            size, error = write_adapter(path, adapter, args.adapter_dtype)
             bar.update()
             write_model_card(output_dir, args, adapter, size, facts["share"])
-            report = {**facts, "seconds": phases.seconds, "adapter": str(path), "adapter_bytes": size}
+            written = {"adapter": str(path), "adapter_bytes": size, "adapter_error": error}
+            report = {**facts, "seconds": phases.seconds, **written}
             write_text(output_dir / "training.json", json.dumps(report, indent=2))
             bar.update()
             if args.push_to_hub:
@@ -219,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 bar.update()
             bar.close()
             say(f"{path}, {size:,} bytes, {facts['trainable']:,} trainable numbers, {facts['share']:.3%} of the model")
+            say(f"{args.adapter_dtype} coefficients change the weight change by {error:.1e}")
             logger.info("Load it with:\n%s", usage_snippet(args.pretrained_model_name_or_path, str(path)))
     accelerator.end_training()
 

@@ -10,8 +10,7 @@ from PIL import Image
 
 from s2ft_diffusion.adapter_file import Adapter, LayerWeights, read_adapter
 from s2ft_diffusion.config import S2FTConfig
-from s2ft_diffusion.rearrange import Rearrangement
-from s2ft_diffusion.spectrum import delta_weight, index_spectrum
+from s2ft_diffusion.spectrum import delta_norm, delta_weight, index_spectrum
 
 SIDE = 384
 # A diverging map, blue over white to red, and a sequential one, white to dark blue.
@@ -32,8 +31,7 @@ def weights_of(adapter: Adapter, layer: str) -> tuple[LayerWeights, S2FTConfig]:
 
 def latent_and_delta(weights: LayerWeights, config: S2FTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The smooth latent matrix and the weight change (d, k), scaled."""
-    index = index_spectrum(weights.positions, weights.shape)
-    rearrangement = Rearrangement(weights.row_order, weights.column_order, weights.row_sign, weights.column_sign)
+    index, rearrangement = index_spectrum(weights.positions, weights.shape), weights.rearrangement
     delta = delta_weight(weights.coefficients.float(), index, rearrangement, config.norm) * config.scaling
     return rearrangement.invert(delta), delta
 
@@ -41,7 +39,12 @@ def latent_and_delta(weights: LayerWeights, config: S2FTConfig) -> tuple[torch.T
 def energies(path: Path) -> list[tuple[str, float]]:
     """The Frobenius norm of every layer's weight change, by layer."""
     adapter = read_adapter(path)
-    return [(name, float(latent_and_delta(*weights_of(adapter, name))[1].norm())) for name in layer_names(adapter)]
+    found = []
+    for name in layer_names(adapter):
+        weights, config = weights_of(adapter, name)
+        norm = delta_norm(weights.coefficients.float(), weights.positions, weights.shape, config.norm)
+        found.append((name, abs(config.scaling) * norm))
+    return found
 
 
 def pictures(path: Path, layer: str) -> list[tuple[Image.Image, str]]:

@@ -1,16 +1,9 @@
 """The adapter file: one safetensors file that holds everything needed to rebuild a weight change elsewhere.
 
-Layout, format version 1. For every adapted layer, under `<component>.<module name>.` (component: `unet`,
-`text_encoder`, and reserved `text_encoder_2`, `transformer`), for a (d, k) layer with m positions:
-
-    coefficients   (m, 2) complex or (m,) real, float32 or float16
-    positions      (m,) differences of the sorted flat positions u * k + v, the first from 0; unsigned
-    row_order      (d,), column_order (k,): permutations; unsigned
-    row_sign       ceil(d / 8), column_sign ceil(k / 8): bits, 1 for -1; uint8
-
-Unsigned tensors are in the narrowest of 8, 16 and 32 bits. The header's metadata has one entry, `s2ft`: a JSON object
-with `format_version`, the config of each component, each layer's shape, and `info`. (One, because safetensors writes
-several in random order, and equal adapters shall make equal files.)
+Every adapted layer has its tensors under `<component>.<module name>.` (component: `unet`, `transformer`,
+`text_encoder`, `text_encoder_2`); `adapter_format` says which, and in which bits. The header's metadata has one entry,
+`s2ft`: a JSON object with `format_version`, the `dtype` of the coefficients, the config of each component, each layer's
+shape, and `info`. (One, because safetensors writes several in random order, and equal adapters shall make equal files.)
 
 Reading is strict: whatever the tensors hold is checked before anyone uses it, and nothing is ever unpickled.
 """
@@ -26,35 +19,41 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.torch import save
 from torch import nn
 
+from .adapter_format import (
+    DTYPES,
+    FORMAT_VERSION,
+    TENSOR_NAMES,
+    AdapterFileError,
+    LayerWeights,
+    check_layer,
+    decode_layer,
+    encode_layer,
+    stored_coefficients,
+    tensor_names,
+)
 from .config import S2FTConfig
 from .layer import S2FTLayer
 from .prior import s2ft_layers
+from .spectrum import delta_norm
 
 WEIGHTS_NAME = "pytorch_s2ft_weights.safetensors"
-FORMAT_VERSION = 1
 METADATA_KEY = "s2ft"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 THUMBNAIL_BYTES = 20 * 1024
 THUMBNAIL_SIDE = 128
-DTYPES = {"float32": np.float32, "float16": np.float16}
 # Config fields that describe the adapter itself; target modules are the file's own keys.
 CONFIG_FIELDS = (
     "n_frequency", "n_frequency_pattern", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange",
     "distance", "signs", "refine", "seed",
 )  # fmt: skip
-
-
-class AdapterFileError(ValueError):
-    """An adapter file that cannot be used: damaged, of another kind, or for another base model."""
 
 
 @dataclass
@@ -87,25 +86,6 @@ class AdapterInfo:
         if "thumbnail" in known:
             known["thumbnail"] = base64.b64decode(known["thumbnail"], validate=True)
         return cls(**known)
-
-
-@dataclass
-class LayerWeights:
-    """One layer's part of an adapter, as `SpectralDelta` holds it (there: shapes and types)."""
-
-    shape: tuple[int, int]
-    coefficients: torch.Tensor
-    positions: torch.Tensor
-    row_order: torch.Tensor
-    column_order: torch.Tensor
-    row_sign: torch.Tensor
-    column_sign: torch.Tensor
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in TENSOR_NAMES}
-
-
-TENSOR_NAMES = tuple(f.name for f in fields(LayerWeights) if f.name != "shape")
 
 
 @dataclass
@@ -165,28 +145,40 @@ def module_name(name: str) -> str:
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float32") -> int:
-    """Write an adapter file, beside its place first and then renamed; returns its size in bytes.
+class WrittenAdapter(NamedTuple):
+    """A file's size in bytes, and the error that storing the coefficients has made, relative to the weight change."""
 
-    `dtype` is that of the coefficients, "float32" or "float16". Raises ValueError for another one, or for coefficients
-    that are not finite in it.
+    bytes: int
+    relative_error: float
+
+
+def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float32") -> WrittenAdapter:
+    """Write an adapter file, beside its place first and then renamed.
+
+    `dtype` is that of the coefficients: "float32", "float16", "bfloat16" or "int8" (with one scale a layer). Raises
+    ValueError for another one, or for coefficients that are not finite in it.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {tuple(DTYPES)}, got {dtype!r}.")
-    tensors: dict[str, np.ndarray] = {}
-    shapes: dict[str, dict[str, list[int]]] = {}
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}.")
+    tensors: dict[str, torch.Tensor] = {}
+    error = change = 0.0
     for component, layers in adapter.layers.items():
-        shapes[component] = {}
+        config = adapter.configs[component]
         for name, layer in layers.items():
-            shapes[component][name] = list(layer.shape)
-            for key, array in _encode(layer, DTYPES[dtype]).items():
-                tensors[f"{component}.{name}.{key}"] = array
-            if not np.isfinite(tensors[f"{component}.{name}.coefficients"]).all():
-                raise ValueError(f"{component}.{name} has coefficients that are not finite in {dtype}.")
+            try:
+                encoded = encode_layer(layer, dtype)
+            except ValueError as problem:
+                raise ValueError(f"{component}.{name} has {problem}.") from None
+            tensors |= {f"{component}.{name}.{key}": tensor for key, tensor in encoded.items()}
+            exact, place = layer.coefficients.float(), (layer.positions, layer.shape, config.norm)
+            difference = stored_coefficients(layer, dtype) - exact
+            error += (config.scaling * delta_norm(difference, *place)) ** 2
+            change += (config.scaling * delta_norm(exact, *place)) ** 2
     configs = {c: {name: getattr(config, name) for name in CONFIG_FIELDS} for c, config in adapter.configs.items()}
+    shapes = {c: {name: list(layer.shape) for name, layer in layers.items()} for c, layers in adapter.layers.items()}
     info = adapter.info.to_json()
     info.setdefault("date", datetime.now(UTC).isoformat(timespec="seconds"))
-    header = {"format_version": FORMAT_VERSION, "config": configs, "shapes": shapes, "info": info}
+    header = {"format_version": FORMAT_VERSION, "dtype": dtype, "config": configs, "shapes": shapes, "info": info}
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -195,27 +187,7 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return path.stat().st_size
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    largest = int(values.max(initial=0))
-    return values.astype(next(t for t in (np.uint8, np.uint16, np.uint32) if largest <= np.iinfo(t).max))
-
-
-def _encode(layer: LayerWeights, dtype: type) -> dict[str, np.ndarray]:
-    flat = layer.positions.long()[:, 0] * layer.shape[1] + layer.positions.long()[:, 1]
-    flat, sequence = flat.sort()
-    with np.errstate(over="ignore"):  # what does not fit is refused by name
-        coefficients = layer.coefficients[sequence].float().numpy().astype(dtype)
-    return {
-        "coefficients": coefficients,
-        "positions": _narrow(np.diff(flat.numpy(), prepend=0)),
-        "row_order": _narrow(layer.row_order.numpy()),
-        "column_order": _narrow(layer.column_order.numpy()),
-        "row_sign": np.packbits(layer.row_sign.numpy() < 0),
-        "column_sign": np.packbits(layer.column_sign.numpy() < 0),
-    }
+    return WrittenAdapter(path.stat().st_size, math.sqrt(error / change) if change else 0.0)
 
 
 # Reading -------------------------------------------------------------------------------------------------------------
@@ -248,17 +220,19 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
 
     Raises AdapterFileError, naming file and key, for anything that is not exactly as the format says: no or a truncated
     safetensors file, another format or version, missing or extra keys, positions out of range or repeated (a mirror is
-    a repeat for complex coefficients), an order that is no permutation, NaN or infinite coefficients.
+    a repeat for complex coefficients), an order that is no permutation, NaN or infinite coefficients. Coefficients keep
+    the file's type where it is a floating one.
     """
     with _open(path) as file:
         header = _header(path, file.metadata())
         info = _info(path, header)
         keys = set(file.keys())
+        names = tensor_names(header["format_version"], header.get("dtype"))
         expected = {
             f"{component}.{name}.{key}"
             for component, layers in header["shapes"].items()
             for name in layers
-            for key in TENSOR_NAMES
+            for key in names
         }
         if missing := sorted(expected - keys):
             raise AdapterFileError(f"{path}: {len(missing)} keys are missing, the first is {missing[0]!r}.")
@@ -271,9 +245,9 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             for name, shape in shapes.items():
                 prefix = f"{component}.{name}"
                 try:
-                    arrays = {key: file.get_tensor(f"{prefix}.{key}") for key in TENSOR_NAMES}
-                    layer = _decode(arrays, tuple(shape))
-                    check_layer(layer, configs[component].coefficients)
+                    tensors = {key: file.get_tensor(f"{prefix}.{key}") for key in names}
+                    kind = configs[component].coefficients
+                    layer = decode_layer(tensors, tuple(shape), kind, header["format_version"])
                 except (AdapterFileError, SafetensorError, TypeError, ValueError) as error:
                     raise AdapterFileError(f"{path}: {prefix}: {error}") from None
                 layers[component][name] = layer
@@ -284,7 +258,7 @@ def _open(path: str | os.PathLike) -> safe_open:
     if not Path(path).is_file():
         raise AdapterFileError(f"{path}: there is no such file.")
     try:
-        return safe_open(path, framework="np")
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise AdapterFileError(f"{path}: not a complete safetensors file ({error}).") from None
 
@@ -294,9 +268,9 @@ def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict
         raise AdapterFileError(f"{path}: not an S2FT adapter: its header has no {METADATA_KEY!r} entry.")
     try:
         header = json.loads(metadata[METADATA_KEY])
-        if header.get("format_version") != FORMAT_VERSION:
+        if header.get("format_version") not in range(1, FORMAT_VERSION + 1):
             raise AdapterFileError(
-                f"{path}: format version {header.get('format_version')!r}; this release reads {FORMAT_VERSION}."
+                f"{path}: format version {header.get('format_version')!r}; this release reads up to {FORMAT_VERSION}."
             )
         if set(header["config"]) != set(header["shapes"]) or not header["shapes"]:
             raise ValueError("config and shapes name different components")
@@ -329,66 +303,6 @@ def _config(path: str | os.PathLike, component: str, values: Mapping[str, Any]) 
         return S2FTConfig(**values, inference_mode=True)
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path}: the config of {component} is damaged ({error}).") from None
-
-
-def _decode(arrays: Mapping[str, np.ndarray], shape: tuple[int, int]) -> LayerWeights:
-    d, k = shape
-    for key, array in arrays.items():
-        if array.dtype not in ((np.float32, np.float16) if key == "coefficients" else (np.uint8, np.uint16, np.uint32)):
-            raise AdapterFileError(f"{key} has type {array.dtype}.")
-        if key != "coefficients" and array.ndim != 1:
-            raise AdapterFileError(f"{key} has shape {array.shape}.")
-    flat = arrays["positions"].astype(np.int64).cumsum()
-    signs = {}
-    for key, length in {"row_sign": d, "column_sign": k}.items():
-        if arrays[key].dtype != np.uint8 or len(arrays[key]) != -(-length // 8):
-            raise AdapterFileError(f"{key} has {len(arrays[key])} bytes for {length} signs.")
-        bits = np.unpackbits(arrays[key])
-        if bits[length:].any():
-            raise AdapterFileError(f"{key} has bits set past its end.")
-        signs[key] = torch.from_numpy(np.where(bits[:length], -1, 1).astype(np.int8))
-    return LayerWeights(
-        shape,
-        coefficients=torch.from_numpy(arrays["coefficients"].astype(np.float32)),
-        positions=torch.from_numpy(np.stack([flat // k, flat % k], axis=1).astype(np.int64)),
-        row_order=torch.from_numpy(arrays["row_order"].astype(np.int64)),
-        column_order=torch.from_numpy(arrays["column_order"].astype(np.int64)),
-        **signs,
-    )
-
-
-def check_layer(layer: LayerWeights, kind: str) -> None:
-    """Raise AdapterFileError for tensors that make no valid layer; else bring integers to `SpectralDelta`'s types."""
-    d, k = layer.shape
-    count = len(layer.positions)
-    expected = (count, 2) if kind == "complex" else (count,)
-    if count == 0 or layer.positions.shape != (count, 2):
-        raise AdapterFileError(f"positions have shape {tuple(layer.positions.shape)}.")
-    if tuple(layer.coefficients.shape) != expected:
-        raise AdapterFileError(
-            f"{kind} coefficients have shape {tuple(layer.coefficients.shape)}, {count} positions need {expected}."
-        )
-    if not torch.isfinite(layer.coefficients).all():
-        raise AdapterFileError("coefficients have NaN or infinite entries.")
-    u, v = layer.positions.long().unbind(1)
-    if bool(((u < 0) | (u >= d) | (v < 0) | (v >= k)).any()):
-        raise AdapterFileError(f"positions lie outside the {d}x{k} spectrum.")
-    flat = u * k + v
-    if kind == "complex":
-        flat = torch.minimum(flat, (-u % d) * k + (-v % k))
-    if len(flat.unique()) != count:
-        raise AdapterFileError("positions are repeated" + (" (a mirror counts)." if kind == "complex" else "."))
-    for key, length in {"row_order": d, "column_order": k}.items():
-        order = getattr(layer, key).long()
-        if order.shape != (length,) or not torch.equal(order.sort().values, torch.arange(length)):
-            raise AdapterFileError(f"{key} is no permutation of 0..{length - 1}.")
-    for key, length in {"row_sign": d, "column_sign": k}.items():
-        sign = getattr(layer, key)
-        if sign.shape != (length,) or not bool((sign.abs() == 1).all()):
-            raise AdapterFileError(f"{key} must be {length} times +1 or -1.")
-    layer.positions = layer.positions.int()
-    layer.row_order, layer.column_order = layer.row_order.int(), layer.column_order.int()
-    layer.row_sign, layer.column_sign = layer.row_sign.to(torch.int8), layer.column_sign.to(torch.int8)
 
 
 # PEFT's own state dicts ----------------------------------------------------------------------------------------------

@@ -16,7 +16,14 @@ from .delta_cache import delta_cache
 from .product import ProductIndex, index_product, prefers_spectrum, spectral_product
 from .rearrange import Rearrangement
 from .seeding import seeded
-from .spectrum import SpectrumIndex, count_positions, delta_weight, index_spectrum, sample_positions
+from .spectrum import (
+    SpectrumIndex,
+    count_positions,
+    delta_weight,
+    index_dtype,
+    index_spectrum,
+    sample_positions,
+)
 
 # A fused change that its own rounding alters by more than this share is worth a warning.
 FUSE_ROUNDING_LIMIT = 0.05
@@ -25,8 +32,9 @@ FUSE_ROUNDING_LIMIT = 0.05
 class SpectralDelta(nn.Module):
     """One adapter's weight change of one layer: trainable coefficients, their positions and the rearrangement.
 
-    State, for a (d, k) layer with m positions: `coefficients` (m, 2) or (m,) float, `positions` (m, 2) int32,
-    `row_order` (d,) and `column_order` (k,) int32, `row_sign` (d,) and `column_sign` (k,) int8.
+    State, for a (d, k) layer with m positions: `coefficients` (m, 2) or (m,) float; `positions` (m, 2), `row_order`
+    (d,) and `column_order` (k,) int16, or int32 where a side is longer than 32,767; `row_sign` (d,) and `column_sign`
+    (k,) int8.
 
     Calling it gives the unscaled (d, k) weight change in float32 (float64 for float64 coefficients), or, with inputs
     (..., k), their product (..., d) with it. A module, so that whatever moves a module's weights around its call
@@ -41,17 +49,17 @@ class SpectralDelta(nn.Module):
         size = (count, 2) if config.coefficients == "complex" else (count,)
         start = torch.zeros(size) if config.init_weights else torch.randn(size)
         self.coefficients = nn.Parameter(start)
-        identity = Rearrangement.identity(*shape)
-        self.register_buffer("positions", positions)
-        self.register_buffer("row_order", identity.row_order)
-        self.register_buffer("column_order", identity.column_order)
+        identity, dtype = Rearrangement.identity(*shape), index_dtype(shape)
+        self.register_buffer("positions", positions.to(dtype))
+        self.register_buffer("row_order", identity.row_order.to(dtype))
+        self.register_buffer("column_order", identity.column_order.to(dtype))
         self.register_buffer("row_sign", identity.row_sign)
         self.register_buffer("column_sign", identity.column_sign)
         self._indexes: dict[type, tuple[list[tuple[torch.Tensor, int, torch.device]], Any]] = {}
 
     @property
     def rearrangement(self) -> Rearrangement:
-        return Rearrangement(self.row_order, self.column_order, self.row_sign, self.column_sign)
+        return Rearrangement(self.row_order.int(), self.column_order.int(), self.row_sign, self.column_sign)
 
     @torch.no_grad()
     def place(self, positions: torch.Tensor, rearrangement: Rearrangement) -> None:

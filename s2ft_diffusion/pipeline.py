@@ -7,6 +7,7 @@ Importing the package gives every pipeline these methods; activation and weights
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,9 +40,11 @@ from .adapter_file import (
     write_adapter,
 )
 from .config import S2FTConfig, S2FTType
-from .layer import S2FTLayer
+from .layer import S2FTLayer, SpectralDelta
 
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+
+logger = logging.getLogger(__name__)
 
 
 # Verbs ---------------------------------------------------------------------------------------------------------------
@@ -53,6 +56,7 @@ def load_s2ft_weights(
     adapter_name: str | None = None,
     *,
     config: S2FTConfig | None = None,
+    hotswap: bool = False,
     weight_name: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
@@ -65,9 +69,13 @@ def load_s2ft_weights(
             `save_pretrained` wrote, a repository on the hub, or a state dict in PEFT's keys (with `config`).
         adapter_name: the name to load it under; by default "s2ft_0", "s2ft_1", ...
         config: the adapter's config, for a state dict.
+        hotswap: put the adapter in the place of `adapter_name`, which must be loaded and have the same layers with as
+            many numbers. Nothing but values changes, so that a compiled pipeline is not compiled again. The place
+            keeps its scaling (alpha): another one is multiplied into the coefficients.
         weight_name, subfolder, revision, token: which file of a folder or repository, as in `load_lora_weights`.
 
-    The adapter loaded last is the active one, as with `load_lora_weights`; activate several with `set_adapters`.
+    The adapter loaded last is the active one, as with `load_lora_weights`; activate several with `set_adapters`. Its
+    coefficients keep the file's type (call `.float()` on them to train on).
 
     Everything is checked before anything changes. Raises AdapterFileError (a ValueError) for a file that is damaged,
     or made for another base model; ValueError for a name in use; OSError for a repository that cannot be reached.
@@ -84,15 +92,17 @@ def load_s2ft_weights(
         label = str(path)
         adapter = _read_peft(path, components) if _is_peft(path) else read_adapter(path)
     used = {name for model in components.values() for name in getattr(model, "peft_config", {})}
-    if adapter_name is None:
+    if hotswap:
+        _check_swap(adapter, components, adapter_name, label)
+    elif adapter_name is None:
         adapter_name = next(f"s2ft_{i}" for i in range(len(used) + 1) if f"s2ft_{i}" not in used)
-    if adapter_name in used:
+    if adapter_name in used and not hotswap:
         raise ValueError(f"There is an adapter named {adapter_name!r} already; delete it, or choose another name.")
     check_fits(adapter, components, label)
     if any(layer.merged for layer in _layers(self)):
         raise ValueError("An S2FT adapter is fused; call unfuse_s2ft() before loading another.")
     with _offloading_paused(self):
-        attach_adapter(components, adapter, adapter_name)
+        (swap_adapter if hotswap else attach_adapter)(components, adapter, adapter_name)
     _adapter_infos(self)[adapter_name] = adapter.info
     return adapter_name
 
@@ -109,7 +119,8 @@ def save_s2ft_weights(
     """Write an adapter of the pipeline to `save_directory`; returns the file's path.
 
     `adapter_name` may be left out where there is one S2FT adapter. `info` defaults to what the adapter was loaded with;
-    `dtype` is that of the stored coefficients. Raises ValueError for an unknown or ambiguous name.
+    `dtype` is that of the stored coefficients, "float32", "float16", "bfloat16" or "int8"; how much that changes the
+    weight change is logged. Raises ValueError for an unknown type, and for an unknown or ambiguous name.
     """
     components = adaptable_components(self)
     names = s2ft_adapters(self)
@@ -122,7 +133,10 @@ def save_s2ft_weights(
         adapter = collect_adapter(components, adapter_name, info)
     Path(save_directory).mkdir(parents=True, exist_ok=True)
     path = Path(save_directory) / weight_name
-    write_adapter(path, adapter, dtype)
+    written = write_adapter(path, adapter, dtype)
+    logger.info(
+        "%s: %d bytes; %s changes the weight change by %.2g", path, written.bytes, dtype, written.relative_error
+    )
     return path
 
 
@@ -264,18 +278,65 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
             inject_adapter_in_model(config, model, adapter_name)
             model.peft_config[adapter_name].n_frequency_pattern = adapter.configs[component].n_frequency_pattern
             model._hf_peft_config_loaded = True
-            for name, module in model.named_modules():
-                if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
-                    weights = layers[module_name(name)]
-                    delta = module.s2ft_delta[adapter_name]
-                    delta.load_state_dict({**weights.tensors(), "coefficients": weights.coefficients.float()})
-                    delta.coefficients.data = weights.coefficients.float().to(delta.positions.device)
+            for name, delta in _named_deltas(model, adapter_name).items():
+                state = {key: tensor.to(delta.positions.device) for key, tensor in layers[name].tensors().items()}
+                delta.load_state_dict(state, assign=True)  # in the file's type
     except BaseException:
         for model in attached:
             detach_adapters(model, adapter_name)
         for layer, names in active:
             layer.set_adapter(names, inference_mode=True)
         raise
+
+
+def _check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_name: str | None, label: str) -> None:
+    """Raise ValueError unless the adapter can take the place of `adapter_name`."""
+    present = {c: _named_deltas(model, adapter_name) for c, model in components.items()}
+    present = {component: deltas for component, deltas in present.items() if deltas}
+    if not present:
+        raise ValueError(f"hotswap needs the name of a loaded S2FT adapter to replace, got {adapter_name!r}.")
+    for component in sorted(present.keys() | adapter.layers.keys()):
+        old, new = present.get(component, {}), adapter.layers.get(component, {})
+        if different := sorted(old.keys() ^ new.keys()):
+            where = f"{component}.{different[0]}"
+            raise ValueError(f"{label}: cannot be swapped in: only one of the two adapters has {where}.")
+        for name, layer in new.items():
+            place = old[name]
+            found, wanted = tuple(layer.coefficients.shape), tuple(place.coefficients.shape)
+            if (found, adapter.configs[component].norm) != (wanted, place.norm):
+                raise ValueError(
+                    f"{label}: cannot be swapped in: {component}.{name} has coefficients {found} with norm "
+                    f"{adapter.configs[component].norm!r}, the place {wanted} with {place.norm!r}."
+                )
+
+
+@torch.no_grad()
+def swap_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_name: str) -> None:
+    """Give a loaded adapter the values of another, in place."""
+    for component, layers in adapter.layers.items():
+        model = components[component]
+        place = model.peft_config[adapter_name]
+        factor = adapter.configs[component].scaling / place.scaling
+        config = replace(
+            adapter.configs[component],
+            scaling=place.scaling, target_modules=place.target_modules, inference_mode=place.inference_mode,
+        )  # fmt: skip
+        model.peft_config[adapter_name] = config
+        for module in model.modules():
+            if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
+                module.s2ft_config[adapter_name] = config
+        for name, delta in _named_deltas(model, adapter_name).items():
+            for key, tensor in layers[name].tensors().items():
+                getattr(delta, key).copy_(tensor.float() * factor if key == "coefficients" else tensor)
+
+
+def _named_deltas(model: nn.Module, adapter_name: str | None) -> dict[str, SpectralDelta]:
+    """An adapter's deltas in a model, by the names of the linear layers."""
+    return {
+        module_name(name): module.s2ft_delta[adapter_name]
+        for name, module in model.named_modules()
+        if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta
+    }
 
 
 def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:

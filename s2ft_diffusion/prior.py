@@ -114,7 +114,7 @@ def place_from_prior(
         if _is_main_process():
             delta.place(*_derive(name, prior[name], layer.s2ft_config[adapter_name], len(delta.positions)))
         if _distributed():
-            state = {name: buffer.clone() for name, buffer in delta.named_buffers()}
+            state = {name: buffer.int() for name, buffer in delta.named_buffers()}  # NCCL knows no int16
             for name in sorted(state):
                 dist.broadcast(state[name], src=0)
             positions = state.pop("positions")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .rearrange import Rearrangement
-from .spectrum import Norm
+from .spectrum import Norm, half_plane
 
 
 def prefers_spectrum(tokens: int, positions: int, shape: tuple[int, int]) -> bool:
@@ -68,9 +68,7 @@ def index_product(positions: torch.Tensor, rearrangement: Rearrangement, norm: N
     """Prepare `positions` (m, 2) for `spectral_product`; `real` says of which kind the coefficients are."""
     d, k = shape = len(rearrangement.row_order), len(rearrangement.column_order)
     half = k // 2 + 1
-    u, v = positions.long().unbind(1)
-    mirrored = v >= half  # the mirror makes the same functions, with the sine negated
-    u, v = torch.where(mirrored, -u % d, u), torch.where(mirrored, k - v, v)
+    u, v, mirrored = half_plane(positions, shape)
     scale = (d * k) ** -0.5 if norm == "ortho" else 1.0 / (d * k)
     factor = torch.full((len(u), 1 if real else 2), scale, device=u.device)
     factor[:, 1:] *= torch.where(mirrored, -1.0, 1.0)[:, None]

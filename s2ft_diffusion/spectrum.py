@@ -46,15 +46,28 @@ class SpectrumIndex:
     weight: torch.Tensor
 
 
+def index_dtype(shape: tuple[int, int]) -> torch.dtype:
+    """The narrowest type for positions and orders of a (d, k) matrix: an adapter is held in memory with many others."""
+    return torch.int16 if max(shape) <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def half_plane(positions: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows u and columns v (m,) of the half plane v <= k / 2 for `positions` (m, 2), and which of them are mirrors.
+
+    A mirrored position makes the same functions, with the sine negated.
+    """
+    d, k = shape
+    u, v = positions.long().unbind(1)
+    mirrored = v >= k // 2 + 1
+    return torch.where(mirrored, -u % d, u), torch.where(mirrored, k - v, v), mirrored
+
+
 def index_spectrum(positions: torch.Tensor, shape: tuple[int, int]) -> SpectrumIndex:
     """Prepare `positions` (m, 2) of a (d, k) spectrum for `delta_weight`."""
     d, k = shape
     columns = k // 2 + 1
-    u, v = positions.long().unbind(1)
-    mirrored = v >= columns
+    u, v, mirrored = half_plane(positions, shape)
     phase = torch.where(mirrored, -1.0, 1.0)
-    u = torch.where(mirrored, -u % d, u)
-    v = torch.where(mirrored, k - v, v)
     gather = u * columns + v
     # In columns 0 and k/2 the half spectrum holds both conjugates, and the inverse transform wants them both.
     in_both = (v == 0) | (2 * v == k)
@@ -72,6 +85,20 @@ def index_spectrum(positions: torch.Tensor, shape: tuple[int, int]) -> SpectrumI
         source=torch.cat([everything, doubled]),
         weight=torch.cat([own, other]),
     )
+
+
+def delta_norm(coefficients: torch.Tensor, positions: torch.Tensor, shape: tuple[int, int], norm: Norm) -> float:
+    """The Frobenius norm of the weight change, from its spectrum (Parseval)."""
+    d, k = shape
+    index = index_spectrum(positions, shape)
+    pairs = coefficients if coefficients.ndim == 2 else torch.stack([coefficients, torch.zeros_like(coefficients)], 1)
+    places, inverse = index.scatter.unique(return_inverse=True)
+    half = torch.zeros(len(places), 2, dtype=torch.float64)
+    half.index_add_(0, inverse, (pairs[index.source] * index.weight).double())
+    column = places % (k // 2 + 1)
+    twice = torch.where((column == 0) | (2 * column == k), 1.0, 2.0)
+    energy = float((half.square().sum(1) * twice).sum())
+    return math.sqrt(energy if norm == "ortho" else energy / (d * k))
 
 
 class _InverseTransform(torch.autograd.Function):

@@ -84,9 +84,9 @@ def test_a_layer_gives_the_same_either_way(dtype, monkeypatch) -> None:
     """In training with few tokens, in training with many, and in sampling."""
     torch.manual_seed(0)
     config = S2FTConfig(n_frequency=200, init_weights=False, scaling=3.0)
-    layer = S2FTLinear(nn.Linear(96, 64), "default", 200, config, "layer").to(dtype)
+    layer = S2FTLinear(nn.Linear(320, 256), "default", 200, config, "layer").to(dtype)
     layer.s2ft_delta["default"].float()
-    x = torch.randn(2, 3, 96, dtype=dtype)
+    x = torch.randn(2, 3, 320, dtype=dtype)
     assert isinstance(layer, S2FTLayer)
     assert layer.s2ft_delta["default"].prefers_product(x)
     coefficients = layer.s2ft_delta["default"].coefficients
@@ -108,8 +108,8 @@ def test_a_layer_gives_the_same_either_way(dtype, monkeypatch) -> None:
 
 
 def test_an_index_is_kept_in_training_only() -> None:
-    layer = S2FTLinear(nn.Linear(96, 64), "default", 200, S2FTConfig(n_frequency=200), "layer")
-    delta, x = layer.s2ft_delta["default"], torch.randn(2, 96)
+    layer = S2FTLinear(nn.Linear(320, 256), "default", 200, S2FTConfig(n_frequency=200), "layer")
+    delta, x = layer.s2ft_delta["default"], torch.randn(2, 320)
     layer(x)
     (first,) = delta._indexes.values()
     layer(x)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from diffusers.optimization import SchedulerType
 
-from ..adapter_file import DTYPES
+from ..adapter_format import DTYPES
 from ..config import PRESETS, S2FTConfig
 from .errors import InputError
 
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--refine", choices=("2opt", "none"), help="how the order is refined")
     add("--estimate", choices=("gradient", "normalized", "full"), help="how the weight change is pre-estimated")
     add("--estimate_draws", type=int, default=8, help="noise and timestep draws per image; with 'full', the steps")
-    add("--adapter_dtype", choices=tuple(DTYPES), default="float32", help="type of the stored coefficients")
+    add("--adapter_dtype", choices=DTYPES, default="float32", help="type of the stored coefficients")
 
     add = parser.add_argument_group("training").add_argument
     add("--output_dir", default="s2ft-output", help="where the adapter, checkpoints, logs and samples go")

@@ -130,7 +130,7 @@ def test_uploads_are_checked_and_stored_under_names_of_ours(library, adapters, t
     assert entry.path.stem.isalnum()
     assert library.get(entry.id) == entry
     whole = upload.read_bytes()
-    for damage in (whole[:-40], b"", b"not one", whole.replace(rb"format_version\": 1", rb"format_version\": 9")):
+    for damage in (whole[:-40], b"", b"not one", whole.replace(rb"format_version\": 2", rb"format_version\": 9")):
         upload.write_bytes(damage)
         with pytest.raises(RequestError, match="cannot be used") as caught:
             library.add(upload)
