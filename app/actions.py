@@ -181,7 +181,8 @@ class App:
             images=images,
             scheduler=scheduler,
         )
-        made: list[tuple[Image.Image, str]] = []
+        made: list[tuple[str, str]] = []  # files, so that showing an image again does not encode it again
+        signatures: list[str] = []
         user = _user(request)
 
         def work(listener: Listener) -> Iterator[Image.Image]:
@@ -191,14 +192,18 @@ class App:
         for done, total, preview, image in self._watched(work, request):
             if image is not None:
                 self.history.save(image, user)
-                made.append((image, f"seed {settings.single(len(made)).seed}"))
+                file = gr.processing_utils.save_pil_to_cache(
+                    image, str(self._downloads), name=f"image-{len(made)}", format="png"
+                )
+                made.append((file, f"seed {settings.single(len(made)).seed}"))
+                signatures.append(image.info["s2ft"])
                 continue
             progress((done, total), desc="denoising", unit="steps")
             fresh: Any = made if len(made) > shown else gr.skip()  # what has not changed is not sent again
             shown = len(made)
             yield preview if preview is not None else gr.skip(), fresh, f"step {done} of {total}", gr.skip()
         status = "done" if len(made) == settings.images else f"cancelled, {len(made)} of {settings.images} images"
-        yield None, made, status, [image.info["s2ft"] for image, _ in made]
+        yield None, made, status, signatures
 
     def _watched(
         self, work: Callable[[Listener], Iterator[Image.Image]], request: gr.Request

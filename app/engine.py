@@ -178,8 +178,9 @@ class Engine:
             except (AdapterFileError, OSError) as error:
                 message = plain(str(error), *(entry.path for entry, _ in wanted))
                 raise RequestError(f"The adapter cannot be used: {message}") from None
+            words = _encode(worker.pipe, settings)
             for number in range(settings.images):
-                image = self._one(worker.pipe, settings.single(number), number, settings.images, listener)
+                image = self._one(worker.pipe, words, settings.single(number), number, settings.images, listener)
                 yield self._signed(image, settings.single(number), wanted)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
@@ -195,7 +196,13 @@ class Engine:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _one(
-        self, pipe: StableDiffusionPipeline, settings: Settings, number: int, images: int, listener: Listener
+        self,
+        pipe: StableDiffusionPipeline,
+        words: dict[str, torch.Tensor],
+        settings: Settings,
+        number: int,
+        images: int,
+        listener: Listener,
     ) -> Image.Image:
         kind, options = SCHEDULERS[settings.scheduler]
         pipe.scheduler = getattr(diffusers, kind).from_config(self.scheduler_config, **options)
@@ -216,8 +223,7 @@ class Engine:
             return tensors
 
         return pipe(
-            settings.prompt,
-            negative_prompt=settings.negative_prompt or None,
+            **words,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance,
             generator=torch.Generator("cpu").manual_seed(settings.seed),
@@ -258,6 +264,16 @@ def _copy(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
     other = StableDiffusionPipeline(**{**pipe.components, **own}, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _encode(pipe: StableDiffusionPipeline, settings: Settings) -> dict[str, torch.Tensor | None]:
+    """The prompts as the pipeline takes them: encoded once for all images of a request."""
+    prompt, negative = pipe.encode_prompt(
+        settings.prompt, pipe.device, 1, settings.guidance > 1, settings.negative_prompt or None
+    )
+    return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
 
 
 def _decode(pipe: StableDiffusionPipeline, latents: torch.Tensor) -> Image.Image:

@@ -1,0 +1,80 @@
+"""One evaluation of the denoiser while sampling: the bare base beside an adapter unfused, kept, and fused.
+
+    python -m benchmarks.infer --shape sd15 --json docs/results/infer.json
+
+"kept" is what a user gets: weight changes are made at the first step and kept. "not kept" makes them in every step.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from s2ft_diffusion import S2FTConfig, S2FTLayer
+from s2ft_diffusion.delta_cache import delta_cache
+
+from .measure import alternate, medians, parser, report
+from .shapes import SHAPES, build, inputs, sharing_weights
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--shape", choices=SHAPES, default="sd15")
+    arguments.add_argument("--pixels", type=int)
+    arguments.add_argument("--batch", type=int, default=2, help="2: one image with guidance")
+    arguments.add_argument("--n", type=int, default=8000)
+    arguments.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    arguments.add_argument("--rounds", type=int, default=11)
+    args = arguments.parse_args()
+    dtype = getattr(torch, args.dtype)
+    base = build(args.shape, args.device, dtype)
+    batch = inputs(args.shape, args.batch, args.pixels or SHAPES[args.shape].pixels, args.device, dtype)
+    targets = SHAPES[args.shape].targets(base)
+
+    def adapted(config: S2FTConfig | LoraConfig) -> nn.Module:
+        model = sharing_weights(base)
+        inject_adapter_in_model(config, model)
+        return model.requires_grad_(False)
+
+    def fused() -> nn.Module:
+        model = adapted(s2ft)
+        for module in model.modules():
+            if isinstance(module, S2FTLayer):
+                layer = module.get_base_layer()
+                layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)  # its own: the others share
+                module.merge()
+        return model
+
+    s2ft = S2FTConfig(target_modules=targets, n_frequency=args.n, init_weights=False, scaling=1e-3)
+    models = {
+        "base": base,
+        "S2FT, kept": adapted(s2ft),
+        "S2FT, not kept": adapted(s2ft),
+        "S2FT, fused": fused(),
+        "LoRA r=32": adapted(LoraConfig(r=32, target_modules=targets, init_lora_weights=False)),
+    }
+
+    @torch.no_grad()
+    def evaluate(name: str) -> None:
+        delta_cache.budget = 0 if name == "S2FT, not kept" else budget
+        models[name](**batch)
+
+    # The cache is emptied with the budget: what is kept is made again outside of what is timed.
+    budget = delta_cache.budget
+    seconds: dict[str, list[float]] = {}
+    groups = (["base", "S2FT, kept", "S2FT, fused", "LoRA r=32"], ["base", "S2FT, not kept"])
+    relative: dict[str, float] = {}
+    for names in groups:
+        found = alternate({name: lambda name=name: evaluate(name) for name in names}, args.rounds)
+        middle = medians(found)
+        seconds |= {name: found[name] for name in names if name not in seconds}
+        relative |= {name: middle[name] / middle["base"] for name in names}
+    rows = [
+        {"": name, "seconds": round(medians(seconds)[name], 4), "/ base": round(relative[name], 4)} for name in models
+    ]
+    report("infer", args, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Before training: the prior, the rearrangement and the positions of all layers.
+
+    python -m benchmarks.setup --shape sd15 --json docs/results/setup.json
+    python -m benchmarks.setup --growth --json docs/results/setup.json
+
+The first times one gradient of the estimate and a training step beside it, and from a prior of one gradient the search
+for orders and the sampling, for both presets and both choices of layers. The last column is the whole set-up as a share
+of a default training run: `--draws` gradients of each of five photos against `--steps` steps. `--growth` goes over
+sizes of one layer and numbers in it instead.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from peft import inject_adapter_in_model
+
+from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior
+from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, parse_arguments
+from s2ft_diffusion.prior import place_from_prior
+from s2ft_diffusion.rearrange import find_rearrangement
+from s2ft_diffusion.spectrum import sample_positions
+
+from .measure import alternate, medians, parser, report
+from .shapes import SHAPES, build, inputs, sharing_weights
+
+PHOTOS = 5
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--shape", choices=SHAPES, default="sd15")
+    arguments.add_argument("--pixels", type=int)
+    arguments.add_argument("--n", type=int, default=8000)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--growth", action="store_true")
+    args = arguments.parse_args()
+    if args.growth:
+        report("setup", args, growth(args.rounds))
+        return
+    args.pixels = args.pixels or SHAPES[args.shape].pixels
+    base = build(args.shape, args.device)
+    batch = inputs(args.shape, 1, args.pixels, args.device, torch.float32)
+    defaults = parse_arguments(["--instance_dir", "photos", "--pretrained_model_name_or_path", "any"])
+    rows = []
+    for preset in ("paper", "default"):
+        for targets in ("qv", "attention"):
+            model = sharing_weights(base)
+            config = S2FTConfig.from_preset(
+                preset, n_frequency=args.n, target_modules=attention_targets(model, targets)
+            )
+            inject_adapter_in_model(config, model)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+            def loss(batch: dict, model=model) -> torch.Tensor:
+                return F.mse_loss(model(**batch).sample, torch.zeros_like(next(iter(batch.values()))))
+
+            def step(optimizer=optimizer, loss=loss) -> None:
+                loss(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            priors: list[dict[str, torch.Tensor]] = []
+
+            def estimate(model=model, loss=loss, priors=priors) -> None:
+                priors[:] = [estimate_prior(model, loss, [batch], estimate="normalized")]
+
+            seconds = medians(alternate({"estimate": estimate, "step": step}, args.rounds))
+            seconds |= medians(
+                alternate({"place": lambda m=model, p=priors: place_from_prior(m, p[0])}, args.rounds, 0)
+            )
+            setup = PHOTOS * defaults.estimate_draws * seconds["estimate"] + seconds["place"]
+            rows.append(
+                {
+                    "preset": preset,
+                    "layers": f"{len(priors[0])} {targets}",
+                    "one gradient, s": round(seconds["estimate"], 3),
+                    "rearrange + sample, s": round(seconds["place"], 3),
+                    "training step of one image, s": round(seconds["step"], 3),
+                    "set-up / default run": round(
+                        setup / (setup + DEFAULT_STEPS * defaults.train_batch_size * seconds["step"]), 4
+                    ),
+                }
+            )
+    report("setup", args, rows, draws=PHOTOS * defaults.estimate_draws, steps=DEFAULT_STEPS)
+
+
+def growth(rounds: int) -> list[dict]:
+    """Seconds by size of a layer and numbers in it, for a prior like a gradient: few directions, and noise."""
+    rows = []
+    for d, k, n in [(w, w, 8000) for w in (320, 640, 1280, 2560, 3072)] + [
+        (1280, 1280, n) for n in (1000, 4000, 32000)
+    ]:
+        torch.manual_seed(0)
+        directions = torch.logspace(0, -2, 64)
+        prior = (torch.randn(d, 64) * directions) @ torch.randn(64, k) + 0.01 * torch.randn(d, k)
+        row = {"d": d, "k": k, "n": n}
+        for preset in ("paper", "default"):
+            config = S2FTConfig.from_preset(preset)
+            searching, sampling = [], []
+            for _ in range(rounds):
+                begun = time.perf_counter()
+                found = find_rearrangement(prior, distance=config.distance, signs=config.signs, refine=config.refine)
+                searching.append(time.perf_counter() - begun)
+                latent = found.invert(prior)
+                begun = time.perf_counter()
+                count = n // 2 if config.coefficients == "complex" else n
+                sample_positions(count, (d, k), kind=config.coefficients, sampling="power", latent=latent)
+                sampling.append(time.perf_counter() - begun)
+            row |= {f"{preset} rearrange, s": min(searching), f"{preset} sample, s": min(sampling)}
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""`python -m eval score`, alone or under `accelerate launch -m eval score`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import score
+from .encoders import EncoderError
+
+COMMANDS = {"score": score}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 2 for input that cannot work."""
+    parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=module.__doc__, description=module.__doc__))
+    args = parser.parse_args(arguments)
+    try:
+        COMMANDS[args.command].run(args)
+    except (*score.ERRORS, EncoderError) as error:
+        print(f"eval {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished images are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

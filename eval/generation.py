@@ -1,0 +1,103 @@
+"""Images for prompts and seeds, each in a file of its own, so that what is finished is not made again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from s2ft_diffusion import toybox
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.seeding import seeded
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are made from a prompt and a seed."""
+
+    steps: int = 25
+    guidance: float = 4.0
+    resolution: int | None = None
+
+
+def load_pipeline(base: str, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The base's pipeline with DDIM, quiet. Raises InputError where it cannot be loaded."""
+    try:
+        pipe = StableDiffusionPipeline.from_pretrained(
+            toybox.base_path() if base == "toybox" else base,
+            torch_dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"The base {base!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def image_path(folder: Path, prompt: str, seed: int) -> Path:
+    """Where the image of a prompt and a seed lies."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
+    return folder / slug / f"{seed:03d}.png"
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Say in the folder what its images depend on; raises InputError if it holds images of something else."""
+    path = folder / "settings.json"
+    text = json.dumps(settings, indent=1, sort_keys=True)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise InputError(f"{folder}: holds images made with other settings; choose another --output_dir, or delete it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def generate(
+    pipe: StableDiffusionPipeline,
+    folder: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    description: str,
+) -> None:
+    """Make every image that is not there yet; with several processes, each makes its share.
+
+    Images are made one by one from their own seeds: an image does not depend on the others, nor on who makes it.
+    """
+    state = PartialState()
+    missing = [(p, s) for p in prompts for s in seeds if not image_path(folder, p, s).exists()]
+    with state.split_between_processes(missing) as own:
+        for prompt, seed in tqdm(own, desc=description, unit="image", disable=not own, mininterval=1):
+            image = pipe(
+                prompt,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                height=sampling.resolution,
+                width=sampling.resolution,
+                generator=seeded("eval", prompt, seed),
+            ).images[0]
+            path = image_path(folder, prompt, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{state.process_index}.tmp")
+            image.save(temporary, "PNG")
+            temporary.replace(path)
+    state.wait_for_everyone()
+
+
+def read_images(folder: Path, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+    """A prompt's images, in the order of the seeds."""
+    found = []
+    for seed in seeds:
+        with Image.open(image_path(folder, prompt, seed)) as image:
+            found.append(image.convert("RGB"))
+    return found

@@ -1,0 +1,131 @@
+"""`python -m eval score`: how good one adapter is."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from s2ft_diffusion import AdapterFileError, read_header
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import find_images, load_image
+from s2ft_diffusion.pipeline import find_adapter_file
+from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
+
+from .encoders import CLIP, DINO, LPIPS, TOYBOX, load_encoders
+from .generation import Sampling, claim, generate, load_pipeline, read_images
+from .prompts import Prompt, drift_prompts, read_templates, toybox_templates
+from .scores import Scores, add_drift, contact_sheet, markdown, score_images, score_real
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--adapter", required=True, help="adapter file, folder, or name on the hub")
+    add("--subject_dir", type=Path, required=True, help="folder of the subject's photos")
+    add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
+    add(
+        "--prompts",
+        type=Path,
+        help="DreamBench's prompts_and_classes.txt, or one prompt a line; {0}: token, {1}: class",
+    )
+    add("--class_name", help="the subject's class; by default the adapter's")
+    add("--token", default=UNSEEN_TOKEN, help="the unique token the adapter was trained with")
+    add("--images_per_prompt", type=int, default=4)
+    add("--steps", type=int, default=25)
+    add("--guidance", type=float, default=None, help="by default 4 for toybox, 7.5 else")
+    add("--resolution", type=int, help="by default the base's own")
+    add("--output_dir", type=Path, default=Path("outputs/scores"))
+    add_encoder_arguments(parser)
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dino", help=f"ViT for transformers, or toybox; by default {DINO}, for the embedded base toybox")
+    add("--clip", help=f"open_clip model, or toybox; by default {CLIP}, for the embedded base toybox")
+    add("--lpips", help=f"alex, vgg, squeeze or toybox; by default {LPIPS}, for the embedded base toybox")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of generation; by default float16 on a GPU")
+    add("--batch_size", type=int, default=32, help="images that the encoders see at once")
+    add("--features", type=Path, help="folder to keep features in; by default features/ in the output folder")
+
+
+def encoders_for(args: argparse.Namespace):
+    """The encoders that the arguments ask for."""
+    toy = args.base == "toybox"
+    return load_encoders(
+        args.dino or (TOYBOX if toy else DINO),
+        args.clip or (TOYBOX if toy else CLIP),
+        args.lpips or (TOYBOX if toy else LPIPS),
+        device=args.device,
+        batch_size=args.batch_size,
+        cache=args.features or args.output_dir / "features",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Scores]:
+    """Generate, score, and write `scores.json`, `scores.md` and `sheet.png`; returns the table's rows.
+
+    Raises InputError, AdapterFileError or EncoderError before anything is generated.
+    """
+    state = PartialState(cpu=args.device == "cpu")
+    if args.images_per_prompt < 1:
+        raise InputError("--images_per_prompt must be at least 1.")
+    real = [load_image(path) for path in find_images(args.subject_dir)]
+    try:
+        path = find_adapter_file(args.adapter)
+        header = read_header(path)
+    except OSError as error:
+        raise InputError(str(error)) from None
+    class_name = args.class_name or header.info.class_name
+    if not class_name:
+        raise InputError("The adapter does not say what its subject is; say it with --class_name.")
+    templates = read_templates(args.prompts, class_name) if args.prompts else toybox_templates()
+    prompts = list(dict.fromkeys(Prompt.fill(template, args.token, class_name) for template in templates))
+    away = drift_prompts(class_name)
+    toy = args.base == "toybox"
+    guidance = args.guidance if args.guidance is not None else 4.0 if toy else 7.5
+    sampling = Sampling(args.steps, guidance, args.resolution)
+    encoders = encoders_for(args)
+    dtype = getattr(torch, args.dtype or ("float16" if args.device.startswith("cuda") else "float32"))
+    pipe = load_pipeline(args.base, args.device, dtype)
+    common = {"base": args.base, "dtype": str(dtype), **asdict(sampling)}
+    own, base = args.output_dir / "adapter", args.output_dir / "base"
+    if state.is_main_process:
+        claim(own, {**common, "adapter": hashlib.sha256(path.read_bytes()).hexdigest()})
+        claim(base, common)
+    state.wait_for_everyone()
+    seeds = range(args.images_per_prompt)
+    generate(pipe, base, away, seeds, sampling, "base")
+    pipe.load_s2ft_weights(path)
+    generate(pipe, own, [prompt.text for prompt in prompts], seeds, sampling, "adapter")
+    generate(pipe, own, away, seeds, sampling, "drift")
+    if not state.is_main_process:
+        return {}
+    made = {prompt: read_images(own, prompt.text, seeds) for prompt in prompts}
+    name = header.info.subject or path.stem
+    rows = {"real photos": score_real(encoders, real), name: score_images(encoders, real, made)}
+    before, after = ([image for prompt in away for image in read_images(f, prompt, seeds)] for f in (base, own))
+    add_drift(rows[name], encoders, before, after)
+    table = markdown(rows, encoders.names)
+    facts = {
+        "adapter": str(args.adapter), "adapter_bytes": path.stat().st_size, "trainable": header.trainable,
+        "images": sum(map(len, made.values())), "encoders": encoders.names, "sampling": common,
+        "rows": {key: scores.to_json() for key, scores in rows.items()},
+        "prompts": {
+            prompt.text: score_images(encoders, real, {prompt: images}).to_json() for prompt, images in made.items()
+        },
+    }  # fmt: skip
+    (args.output_dir / "scores.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    (args.output_dir / "scores.md").write_text(table + "\n", encoding="utf-8")
+    contact_sheet([real, *made.values()], args.output_dir / "sheet.png")
+    print(table)
+    print(f"\n{args.output_dir}/scores.json, scores.md, sheet.png")
+    return rows
+
+
+ERRORS = (InputError, AdapterFileError)
