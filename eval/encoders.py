@@ -208,7 +208,7 @@ def _load_clip(name: str, device: str, batch_size: int, cache: FeatureCache) -> 
         tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # open_clip raises what the hub's client, torch or json raise
         raise EncoderError(
-            f"The CLIP encoder {name!r} cannot be had ({_first_line(error)}). Pass --clip with ARCHITECTURE/PRETRAINING "
+            f"The CLIP encoder {name!r} cannot be had ({_first_line(error)}). Pass --clip with ARCHITECTURE/WEIGHTS "
             "or hf-hub:OWNER/NAME as open_clip knows them, a folder in its layout, or toybox for the embedded world's."
         ) from None
     return Clip(name, model, device, batch_size, cache, transform, tokenizer)
