@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from peft import FourierFTConfig, LoraConfig, WaveFTConfig, inject_adapter_in_model
 from torch import nn
+from torch.profiler import profile
 
 from s2ft_diffusion import S2FTConfig
 
@@ -87,6 +88,22 @@ def peak_on_cpu(method: str, arguments: list[str]) -> float:
         return json.loads(path.read_text())
 
 
+def profiled(step: Callable[[], None], rows: int = 16) -> list[dict[str, Any]]:
+    """The operators that one step spends most time in itself, after two steps to warm up."""
+    step()
+    step()
+    with profile() as recorded:
+        step()
+    events = sorted(recorded.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    shown = [(event.key, event.count, event.self_cpu_time_total) for event in events[:rows]]
+    shown.append(("all others", sum(event.count for event in events[rows:]), total - sum(time for *_, time in shown)))
+    return [
+        {"operator": name, "calls": calls, "ms": round(time / 1000, 1), "share": round(time / total, 3)}
+        for name, calls, time in [*shown, ("total", sum(event.count for event in events), total)]
+    ]
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--shape", choices=SHAPES, default="sd15")
@@ -99,6 +116,7 @@ def main() -> None:
     arguments.add_argument("--methods", nargs="+", help="by default all")
     arguments.add_argument("--rounds", type=int, default=7)
     arguments.add_argument("--no_memory", action="store_true")
+    arguments.add_argument("--profile", metavar="METHOD", help="instead, where one step of a method spends its time")
     arguments.add_argument("--peak_of", help=argparse.SUPPRESS)
     args = arguments.parse_args()
     args.pixels = args.pixels or SHAPES[args.shape].pixels
@@ -109,6 +127,10 @@ def main() -> None:
         step()
         step()
         args.json.write_text(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        return
+    if args.profile:
+        step, _ = prepare(base, methods[args.profile], args)
+        report("train_step", args, profiled(step))
         return
     chosen = {name: config for name, config in methods.items() if not args.methods or name in args.methods}
     cuda = args.device.startswith("cuda")

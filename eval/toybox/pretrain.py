@@ -257,7 +257,7 @@ def save_clip(model: open_clip.CLIP, folder: Path = CLIP_FOLDER) -> None:
     written = {"model_cfg": config, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(written, indent=2))
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(folder)
 
 
 def main() -> None:

@@ -1,0 +1,166 @@
+"""`python -m eval score`: from an adapter's file to a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("open_clip")
+
+from eval.__main__ import main
+from eval.generation import image_path
+from eval.prompts import Prompt, read_templates
+from eval.scores import Scores, contact_sheet, markdown
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.toybox.subjects import write_photos
+
+ROOT = Path(__file__).resolve().parents[1]
+ADAPTER = ROOT / "app" / "adapters" / "mittens.safetensors"
+DREAMBENCH = ROOT.parent / "shared" / "dreambooth" / "prompts_and_classes.txt"
+
+
+def test_the_unique_token_is_taken_out_for_clip() -> None:
+    assert Prompt.fill("a {0} {1} in the snow", "sks", "dog") == Prompt("a sks dog in the snow", "a dog in the snow")
+    assert Prompt.fill("a photo of sks dog", "sks", "dog") == Prompt("a photo of sks dog", "a photo of dog")
+
+
+def test_plain_lists(tmp_path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("# mine\na {0} {1}\n\n  a {0} {1} on Mars \n")
+    assert read_templates(path, "dog") == ["a {0} {1}", "a {0} {1} on Mars"]
+    path.write_text("# nothing\n")
+    with pytest.raises(InputError, match="no prompts"):
+        read_templates(path, "dog")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_templates(tmp_path / "none.txt", "dog")
+
+
+DISTRIBUTED = """Classes
+
+subject_name,class
+dog,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a red hat'.format(unique_token, class_token)
+]
+"""
+
+
+def test_dreambench_as_distributed(tmp_path) -> None:
+    path = tmp_path / "prompts_and_classes.txt"
+    path.write_text(DISTRIBUTED)
+    assert read_templates(path, "vase") == ["a {0} {1} in the jungle", "a cube shaped {0} {1}"]
+    assert read_templates(path, "dog") == ["a {0} {1} wearing a red hat"]
+    path.write_text(DISTRIBUTED.partition("Live")[0])
+    with pytest.raises(InputError, match="no 'live subject' prompts"):
+        read_templates(path, "dog")
+
+
+@pytest.mark.skipif(not DREAMBENCH.exists(), reason="DreamBench's prompts are not here")
+def test_the_real_dreambench_file() -> None:
+    for class_name in ("backpack", "dog"):
+        templates = read_templates(DREAMBENCH, class_name)
+        assert len(templates) == 25
+        assert all("{0} {1}" in template for template in templates)
+
+
+def arguments(folder: Path) -> list[str]:
+    photos, prompts = folder / "photos", folder / "prompts.txt"
+    if not photos.exists():
+        write_photos("mittens", photos)
+        prompts.write_text("a photo of {0} {1} in the snow\na photo of {0} {1} on the beach\n")
+    return [
+        "score", "--adapter", str(ADAPTER), "--subject_dir", str(photos), "--prompts", str(prompts), "--steps", "2",
+        "--images_per_prompt", "2", "--output_dir", str(folder / "out"), "--device", "cpu",
+    ]  # fmt: skip
+
+
+def test_scores_an_adapter_and_goes_on_where_it_stopped(tmp_path, capsys) -> None:
+    assert main(arguments(tmp_path)) == 0
+    out = tmp_path / "out"
+    scores = json.loads((out / "scores.json").read_text())
+    assert list(scores["rows"]) == ["real photos", "mittens"]
+    row = scores["rows"]["mittens"]
+    assert all(isinstance(value, float) for value in row.values())
+    assert scores["rows"]["real photos"]["clip_t"] is None
+    assert 0.5 < scores["rows"]["real photos"]["dino"] <= 1
+    assert row["drift_lpips"] > 0
+    assert scores["images"] == 4
+    table = (out / "scores.md").read_text()
+    assert "toybox (unweighted" in table  # what stands in for the usual LPIPS is said
+    assert table.strip() in capsys.readouterr().out
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.width > sheet.height  # six photos in the first row, two images in each further one
+    made = sorted((out / "adapter").rglob("*.png"))
+    assert len(made) == 2 * 2 + 8 * 2
+    times = {path: path.stat().st_mtime_ns for path in made}
+    lost = image_path(out / "adapter", "a photo of sks cat in the snow", 1)
+    before = lost.read_bytes()
+    lost.unlink()
+    assert main(arguments(tmp_path)) == 0
+    assert lost.read_bytes() == before
+    assert [path for path in made if path.stat().st_mtime_ns != times[path]] == [lost]
+    assert json.loads((out / "scores.json").read_text()) == scores
+    assert main([*arguments(tmp_path), "--steps", "3"]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = arguments(tmp_path)
+    found = []
+    for processes in ("1", "2"):
+        out = str(tmp_path / f"out-{processes}")
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
+        command = [*launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "eval"]
+        subprocess.run([*command, *options, "--output_dir", out], check=True, env=environment, cwd=ROOT)
+        found.append(json.loads((Path(out) / "scores.json").read_text()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--adapter", "/no/such/file"], "no such file"),
+        (["--subject_dir", "/no/such/folder"], "no such folder"),
+        (["--prompts", "/no/such/prompts"], "cannot be read"),
+        (["--images_per_prompt", "0"], "at least 1"),
+        (["--dino", "no-such/vit"], "--dino"),
+        (["--base", "/no/such/base"], "cannot be loaded"),
+    ],
+)
+def test_refuses_what_cannot_work(tmp_path, capsys, change, said, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    encoders = [] if change[0] != "--base" else ["--dino", "toybox", "--clip", "toybox", "--lpips", "toybox"]
+    assert main([*arguments(tmp_path), *change, *encoders]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_a_table_without_a_number_shows_a_dash() -> None:
+    assert "| one | 0.500 | – | – | – | – | – |" in markdown({"one": Scores(dino=0.5)}, {"dino": "x"})
+
+
+def test_contact_sheet_of_uneven_rows(tmp_path) -> None:
+    rows = [[Image.new("RGB", (40, 20), "red")] * 3, [Image.new("RGB", (10, 30), "blue")]]
+    contact_sheet(rows, tmp_path / "sheet.png", side=16)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (3 * 20 + 4, 2 * 20 + 4)
+        assert sheet.getpixel((10, 30)) == (0, 0, 255)
