@@ -68,7 +68,7 @@ class _Encoder:
         self.model = self.model.float().eval().requires_grad_(False).to(self.device)
         digest = hashlib.sha256(type(self).__name__.encode())
         for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(key.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(key.encode() + tensor.cpu().numpy().tobytes())
         self.key = digest.hexdigest()[:16]
 
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -245,7 +245,8 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             for name, shape in shapes.items():
                 prefix = f"{component}.{name}"
                 try:
-                    tensors = {key: file.get_tensor(f"{prefix}.{key}") for key in names}
+                    # Copies: a tensor that is a view of the mapped file would keep all of it in memory.
+                    tensors = {key: file.get_tensor(f"{prefix}.{key}").clone() for key in names}
                     kind = configs[component].coefficients
                     layer = decode_layer(tensors, tuple(shape), kind, header["format_version"])
                 except (AdapterFileError, SafetensorError, TypeError, ValueError) as error:

@@ -186,7 +186,6 @@ class S2FTLayer(BaseTunerLayer):
         self.s2ft_config[adapter_name] = config
         self.s2ft_scaling[adapter_name] = config.scaling
         self.s2ft_weight[adapter_name] = 1.0
-        self.s2ft_passing_scales[adapter_name] = []
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -196,7 +195,7 @@ class S2FTLayer(BaseTunerLayer):
         """Set an adapter's weight; its delta weight is used `scale` times alpha."""
         if adapter not in self.s2ft_delta:
             return
-        passing = self.s2ft_passing_scales[adapter]
+        passing = self.s2ft_passing_scales.get(adapter, [])
         if passing and passing[-1] == 0 and scale == 1.0:
             passing.pop()  # diffusers takes a passing scale of 0 off by setting the scale to 1
             return
@@ -208,14 +207,14 @@ class S2FTLayer(BaseTunerLayer):
         if scale == 1.0:
             return
         for adapter in self._active():
-            self.s2ft_passing_scales[adapter].append(float(scale))
+            self.s2ft_passing_scales.setdefault(adapter, []).append(float(scale))
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Take off the latest scale that `scale_layer` put on; without an argument, all of them."""
         if scale == 1.0:
             return
         for adapter in self._active():
-            passing = self.s2ft_passing_scales[adapter]
+            passing = self.s2ft_passing_scales.get(adapter, [])
             if scale is None:
                 passing.clear()
             elif passing:
@@ -224,7 +223,7 @@ class S2FTLayer(BaseTunerLayer):
     def effective_scale(self, adapter: str) -> float:
         """What an adapter's unscaled delta weight is multiplied by at this moment."""
         scale = self.s2ft_scaling[adapter] * self.s2ft_weight[adapter]
-        for passing in self.s2ft_passing_scales[adapter]:
+        for passing in self.s2ft_passing_scales.get(adapter, ()):
             scale *= passing
         return scale
 
@@ -337,7 +336,7 @@ class S2FTLinear(nn.Module, S2FTLayer):
             raise TypeError(f"An S2FT adapter cannot be fused into a {kind} weight; use it unfused.")
         unfused = self._unfused_weight
         if unfused is None:
-            unfused = weight.data.detach().to("cpu", copy=True)  # a copy also where the weight is on the CPU
+            unfused = weight.data.detach().to("cpu")  # there, the very same memory: the sum gets memory of its own
         with torch.no_grad():
             fused = self._add_deltas(weight.data, scales)
         if safe_merge and not torch.isfinite(fused).all():
@@ -388,8 +387,8 @@ class S2FTLinear(nn.Module, S2FTLayer):
     def _add_deltas(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
         result = weight
         for name, scale in scales.items():
-            delta = (self.s2ft_delta[name]() * scale).to(weight.device)
-            result = (result.float() + delta).to(weight.dtype) if weight.dtype != delta.dtype else result + delta
+            delta = self.s2ft_delta[name]().to(weight.device)
+            result = torch.add(result.to(delta.dtype), delta, alpha=scale).to(weight.dtype)
         return result
 
     def _warn_of_rounding(self, before: torch.Tensor, after: torch.Tensor, scales: dict[str, float]) -> None:

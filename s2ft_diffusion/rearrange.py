@@ -53,11 +53,11 @@ class Rearrangement:
         # A cached property cannot be traced, its function can.
         rows, columns = type(self)._places.func(self) if torch.compiler.is_compiling() else self._places
         moved = latent.index_select(0, rows).index_select(1, columns)
-        return moved * self.row_sign.to(latent.dtype)[:, None] * self.column_sign.to(latent.dtype)
+        return moved.mul_(self.row_sign.to(latent.dtype)[:, None]).mul_(self.column_sign.to(latent.dtype))
 
     def invert(self, weight: torch.Tensor) -> torch.Tensor:
         """The inverse of T: a weight change (d, k) to the latent matrix (d, k). Exact: values are moved and negated."""
-        signed = weight * self.row_sign.to(weight.dtype)[:, None] * self.column_sign.to(weight.dtype)
+        signed = (weight * self.row_sign.to(weight.dtype)[:, None]).mul_(self.column_sign.to(weight.dtype))
         return signed.index_select(0, self.row_order).index_select(1, self.column_order)
 
     # The same by vectors, the columns of a matrix: T(latent) @ x is scatter_rows(latent @ gather_columns(x)).
