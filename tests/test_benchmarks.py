@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,39 @@ from tests.conftest import ROOT
 pytest.importorskip("gradio")
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in Path(ROOT / "benchmarks").glob("*.py") if path.stem != "__init__")
-)
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_it_explains_itself(name) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert f"python -m benchmarks.{name}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train_step", "--rounds 1 --preset_n 300 --no_memory --methods base FourierFT --dtype autocast"),
+        ("train_step", "--shape klein-small --rounds 1 --preset_n 300 --no_memory --dtype bfloat16 --batch 2"),
+        ("train_step", "--preset_n 300 --gradient_checkpointing --profile S2FT_default"),
+        ("setup", "--n 300 --rounds 1"),
+        ("load", "--n 300 --rounds 2 --adapters 2"),
+        ("infer", "--n 300 --rounds 1 --dtype bfloat16"),
+        ("size", "--n 300"),
+        ("crowd", "--n 300 --adapters 3 --visits 2"),
+    ],
+)
+def test_it_measures_a_small_shape(name, options, tmp_path, monkeypatch) -> None:
+    """What needs a GPU at full size runs here too."""
+    command = [option.replace("_default", " default") for option in (*options.split(), "--device", "cpu")]
+    if "--shape" not in command:
+        command += ["--shape", "sd15-small"]
+    path = tmp_path / "report.json"
+    monkeypatch.setattr(sys, "argv", [f"benchmarks.{name}", *command, "--json", str(path)])
+    importlib.import_module(f"benchmarks.{name}").main()
+    (run,) = json.loads(path.read_text())
+    assert run["command"] == " ".join([f"python -m benchmarks.{name}", *command])
+    assert run["rows"]
