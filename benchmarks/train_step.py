@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -79,6 +78,12 @@ def prepare(model: nn.Module, config: Any, args: argparse.Namespace) -> tuple[Ca
     return step, sum(p.numel() for p in trained)
 
 
+def peak_resident_mb() -> float:
+    """This process's peak resident memory. (`ru_maxrss` would count what its parent had when it was started.)"""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+
 def peak_on_cpu(method: str, arguments: list[str]) -> float:
     """Peak resident memory in MB of a process that makes two steps of one method."""
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +131,7 @@ def main() -> None:
         step, _ = prepare(base, methods[args.peak_of], args)
         step()
         step()
-        args.json.write_text(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        args.json.write_text(json.dumps(peak_resident_mb()))
         return
     if args.profile:
         step, _ = prepare(base, methods[args.profile], args)

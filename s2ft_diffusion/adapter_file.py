@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -243,6 +244,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             configs[component] = _config(path, component, header["config"][component])
             layers[component] = {}
             for name, shape in shapes.items():
+                name = sys.intern(name)  # a hundred adapters of a base have the same ones
                 prefix = f"{component}.{name}"
                 try:
                     # Copies: a tensor that is a view of the mapped file would keep all of it in memory.

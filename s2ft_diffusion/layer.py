@@ -187,7 +187,9 @@ class S2FTLayer(BaseTunerLayer):
         self.s2ft_scaling[adapter_name] = config.scaling
         self.s2ft_weight[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        # This one alone: `set_adapter` goes over all of them, and there may be a hundred.
+        trained = adapter_name in self.active_adapters and not config.inference_mode
+        self.s2ft_delta[adapter_name].requires_grad_(trained)
 
     # Scales
 
