@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import sys
 import time
@@ -66,7 +67,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def report(name: str, args: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
     """Print the table and, with `--json`, add it to that file under the command that made it."""
-    command = " ".join(["python -m", f"benchmarks.{name}", *_without_json(sys.argv[1:])])
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *_without_json(sys.argv[1:])])
     print(f"\n{command}\n{machine(args.device)}\n")
     print(table(rows))
     for key, value in facts.items():

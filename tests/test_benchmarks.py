@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 
@@ -48,5 +49,5 @@ def test_it_measures_a_small_shape(name, options, tmp_path, monkeypatch) -> None
     monkeypatch.setattr(sys, "argv", [f"benchmarks.{name}", *command, "--json", str(path)])
     importlib.import_module(f"benchmarks.{name}").main()
     (run,) = json.loads(path.read_text())
-    assert run["command"] == " ".join([f"python -m benchmarks.{name}", *command])
+    assert shlex.split(run["command"]) == ["python", "-m", f"benchmarks.{name}", *command]
     assert run["rows"]
