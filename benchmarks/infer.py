@@ -66,7 +66,10 @@ def main() -> None:
     groups = (["base", "S2FT, kept", "S2FT, fused", "LoRA r=32"], ["base", "S2FT, not kept"])
     relative: dict[str, float] = {}
     for names in groups:
-        found = alternate({name: lambda name=name: evaluate(name) for name in names}, args.rounds)
+        try:
+            found = alternate({name: lambda name=name: evaluate(name) for name in names}, args.rounds)
+        finally:
+            delta_cache.budget = budget
         middle = medians(found)
         seconds |= {name: found[name] for name in names if name not in seconds}
         relative |= {name: middle[name] / middle["base"] for name in names}

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,12 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         base, photos, output = (Path(folder) / name for name in ("base", "photos", "out"))
-        build(base)
+        # In a process of its own: what this one has in memory would count as the trainer's.
+        building = multiprocessing.get_context("spawn").Process(target=build, args=(base,))
+        building.start()
+        building.join()
+        if building.exitcode:
+            sys.exit(building.exitcode)
         write_photos("mittens", photos)
         for extra in sorted(photos.iterdir())[2:]:
             extra.unlink()
@@ -74,7 +80,10 @@ def main() -> None:
             *("--max_train_steps", str(args.steps), "--n_frequency", "8000", "--targets", "qv"),
             *("--estimate_draws", "1", "--adapter_dtype", "float16", "--report_to", "none", *flags),
         ]
-        subprocess.run(command, check=True, cwd=ROOT)
+        process = subprocess.Popen(command, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(os.waitstatus_to_exitcode(status))
         shutil.rmtree(base)
         training = json.loads((output / "training.json").read_text())
         header = read_header(training["adapter"])
@@ -84,7 +93,7 @@ def main() -> None:
         "share": training["share"],
         "adapter_bytes": training["adapter_bytes"],
         "seconds": training["seconds"],
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "peak_memory_mb": round(usage.ru_maxrss / 1024),
         "resolution": args.resolution,
         "steps": args.steps,
         "threads": torch.get_num_threads(),
