@@ -7,6 +7,7 @@ The embedded world has its own (`toybox`), because its 64-pixel drawings are not
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class FeatureCache:
 
 
 @dataclass
-class _Encoder:
+class _Encoder(ABC):
     name: str
     model: nn.Module
     device: str
@@ -80,8 +81,9 @@ class _Encoder:
         parts = [images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)]
         return torch.cat([F.normalize(self._encode(part), dim=-1).float().cpu() for part in parts])
 
+    @abstractmethod
     def _encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        raise NotImplementedError
+        """Features (n, dim) of one batch."""
 
 
 @dataclass
