@@ -1,4 +1,4 @@
-"""`python -m eval score`, alone or under `accelerate launch -m eval score`."""
+"""`python -m eval score` and `compare`, alone or under `accelerate launch -m eval ...`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import score
+from . import compare, score
 from .encoders import EncoderError
 
-COMMANDS = {"score": score}
+COMMANDS = {"score": score, "compare": compare}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"eval {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; finished images are kept", file=sys.stderr)
+        print("stopped; what is finished is kept", file=sys.stderr)
         return 130
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,14 +30,15 @@ class Sampling:
     resolution: int | None = None
 
 
-def load_pipeline(base: str, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The base's pipeline with DDIM, quiet. Raises InputError where it cannot be loaded."""
+def load_pipeline(base: str, device: str, dtype: torch.dtype, **components: Any) -> StableDiffusionPipeline:
+    """The base's pipeline with DDIM, quiet, with components of one's own. Raises InputError if it cannot be loaded."""
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
             toybox.base_path() if base == "toybox" else base,
             torch_dtype=dtype,
             safety_checker=None,
             requires_safety_checker=False,
+            **components,
         )
     except (OSError, ValueError) as error:
         raise InputError(f"The base {base!r} cannot be loaded: {str(error).splitlines()[0]}") from None
@@ -61,7 +63,6 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-@torch.no_grad()
 def generate(
     pipe: StableDiffusionPipeline,
     folder: Path,
@@ -77,21 +78,38 @@ def generate(
     state = PartialState()
     missing = [(p, s) for p in prompts for s in seeds if not image_path(folder, p, s).exists()]
     with state.split_between_processes(missing) as own:
-        for prompt, seed in tqdm(own, desc=description, unit="image", disable=not own, mininterval=1):
-            image = pipe(
-                prompt,
+        make_images(pipe, folder, own, sampling, description)
+    state.wait_for_everyone()
+
+
+@torch.no_grad()
+def make_images(
+    pipe: StableDiffusionPipeline,
+    folder: Path,
+    wanted: Sequence[tuple[str, int]],
+    sampling: Sampling,
+    description: str,
+    batch_size: int = 1,
+) -> None:
+    """Make the images of prompts and seeds, `batch_size` at once, in this process."""
+    temporary = f".{os.getpid()}.tmp"
+    with tqdm(total=len(wanted), desc=description, unit="image", disable=not wanted, mininterval=1) as bar:
+        for i in range(0, len(wanted), batch_size):
+            batch = wanted[i : i + batch_size]
+            made = pipe(
+                [prompt for prompt, _ in batch],
                 num_inference_steps=sampling.steps,
                 guidance_scale=sampling.guidance,
                 height=sampling.resolution,
                 width=sampling.resolution,
-                generator=seeded("eval", prompt, seed),
-            ).images[0]
-            path = image_path(folder, prompt, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{state.process_index}.tmp")
-            image.save(temporary, "PNG")
-            temporary.replace(path)
-    state.wait_for_everyone()
+                generator=[seeded("eval", prompt, seed) for prompt, seed in batch],
+            ).images
+            for (prompt, seed), image in zip(batch, made, strict=True):
+                path = image_path(folder, prompt, seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path.with_suffix(temporary), "PNG")
+                path.with_suffix(temporary).replace(path)
+                bar.update()
 
 
 def read_images(folder: Path, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:

@@ -30,6 +30,18 @@ class Prompt:
         return cls(text, without)
 
 
+def read_classes(path: Path) -> dict[str, str]:
+    """The classes of subjects by name, from DreamBench's `prompts_and_classes.txt`. Raises InputError without any."""
+    try:
+        table = path.read_text(encoding="utf-8").partition("Prompts")[0]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a list of subjects ({error}).") from None
+    rows = re.findall(r"^(\w+),([\w ]+)$", table.partition("subject_name,class")[2], re.MULTILINE)
+    if not rows:
+        raise InputError(f'{path}: has no lines such as "dog,dog" under "subject_name,class".')
+    return dict(rows)
+
+
 def read_templates(path: Path, class_name: str) -> list[str]:
     """Templates of a file: one a line ("#" begins a comment), or DreamBench's `prompts_and_classes.txt`, of which an
     animal takes the live-subject prompts and all else the object prompts.

@@ -55,7 +55,7 @@ class SpectralDelta(nn.Module):
         self.register_buffer("column_order", identity.column_order.to(dtype))
         self.register_buffer("row_sign", identity.row_sign)
         self.register_buffer("column_sign", identity.column_sign)
-        self._indexes: dict[type, tuple[list[tuple[torch.Tensor, int, torch.device]], Any]] = {}
+        self._indexes: dict[type, tuple[list[tuple[torch.Tensor, int, torch.device]], Any]] | None = None
 
     @property
     def rearrangement(self) -> Rearrangement:
@@ -68,7 +68,7 @@ class SpectralDelta(nn.Module):
         for name in ("row_order", "column_order", "row_sign", "column_sign"):
             getattr(self, name).copy_(getattr(rearrangement, name))
         self.coefficients.zero_()
-        self._indexes.clear()
+        self._indexes = None
 
     def _indexed(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
         """The index made of the buffers, kept in training until a buffer has changed or moved.
@@ -76,9 +76,11 @@ class SpectralDelta(nn.Module):
         Not in sampling: a pipeline may hold many adapters, and an index takes more room than what it is made from.
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.positions.is_inference():
-            self._indexes.clear()
+            self._indexes = None
             return self._index(kind)
         state = [(buffer, buffer._version, buffer.device) for buffer in self._buffers.values()]
+        if self._indexes is None:
+            self._indexes = {}
         if kind in self._indexes:
             seen, index = self._indexes[kind]
             if all(a is b and v == w and x == y for (a, v, x), (b, w, y) in zip(seen, state, strict=True)):

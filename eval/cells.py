@@ -1,0 +1,202 @@
+"""Cells of a comparison: one method at one learning rate on one subject and seed, trained, pictured and scored.
+
+Each has a folder of its own with `cell.json`, which is there once all of it is finished, its images, and its weights
+(but for full fine-tuning). Any number of processes may work on the same cells: a file lock says who is at one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import find_images, load_image
+
+from .encoders import Encoders
+from .generation import Sampling, load_pipeline, make_images, read_images
+from .methods import BASE, Method
+from .prompts import Prompt, drift_prompts, read_templates, toybox_templates
+from .scores import add_drift, score_images, score_real
+from .training import Run, train
+
+logger = logging.getLogger(__name__)
+RESULT, FAILURE = "cell.json", "failure.txt"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose photos are learned: the folder they lie in, and the class."""
+
+    name: str
+    class_name: str
+    photos: Path
+
+    def real(self) -> list[Image.Image]:
+        """Its photos."""
+        return [load_image(path) for path in find_images(self.photos)]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all cells of a comparison share."""
+
+    base: str
+    token: str
+    n_frequency: int | float
+    targets: str
+    steps: int
+    batch: int
+    resolution: int | None
+    prompt_file: str | None
+    images_per_prompt: int
+    drift_images: int
+    sampling: Sampling
+    encoders: tuple[tuple[str, str], ...]
+
+    def prompts(self, subject: Subject) -> list[Prompt]:
+        """The prompts that a subject is pictured under."""
+        file = self.prompt_file
+        templates = read_templates(Path(file), subject.class_name) if file else toybox_templates()
+        return list(dict.fromkeys(Prompt.fill(t, self.token, subject.class_name) for t in templates))
+
+    def run(self, subject: Subject, seed: int) -> Run:
+        """The training run of a subject and a seed."""
+        prompt = f"a photo of {self.token} {subject.class_name}"
+        return Run(
+            self.base, subject.photos, prompt, seed, self.n_frequency, self.targets, self.steps, self.batch,
+            self.resolution,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the comparison."""
+
+    root: Path
+    method: Method
+    rate: float
+    subject: Subject
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        rate = f"{self.rate:.2e}" if self.method.trains else "base"
+        return self.root / "cells" / self.method.name / rate / f"{self.subject.name}-{self.seed}"
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    def result(self) -> dict[str, Any] | None:
+        """What came of it; None while it is not finished, and where the method was another one then."""
+        try:
+            found = json.loads((self.folder / RESULT).read_text(encoding="utf-8"))
+        except OSError:
+            return None
+        return found if found["definition"] == self.method.definition() else None
+
+    def failure(self, since: float = 0.0) -> str | None:
+        """The error it ended in, if that was after a time."""
+        path = self.folder / FAILURE
+        if self.result() is not None or not path.exists() or path.stat().st_mtime < since:
+            return None
+        return path.read_text(encoding="utf-8").strip().splitlines()[-1]
+
+    def __str__(self) -> str:
+        rate = f" at {self.rate:.2g}" if self.method.trains else ""
+        return f"{self.method.name}{rate}, {self.subject.name}, seed {self.seed}"
+
+
+class Laboratory:
+    """Makes cells: with the protocol, the encoders and a device at hand."""
+
+    def __init__(self, protocol: Protocol, encoders: Encoders, device: str) -> None:
+        self.protocol, self.encoders, self.device = protocol, encoders, device
+
+    def make(self, cell: Cell) -> None:
+        """Train, picture and score a cell; its result is written last."""
+        begun = time.perf_counter()
+        protocol, subject = self.protocol, cell.subject
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in cell.images.rglob("*.png"):  # of a run that was stopped: its weights are gone
+            leftover.unlink()
+        trained = train(cell.method, cell.rate, protocol.run(subject, cell.seed), self.device)
+        if trained.weights is not None:
+            (cell.folder / "weights.safetensors").write_bytes(trained.weights)
+        pipe = load_pipeline(protocol.base, self.device, trained.base.unet.dtype, unet=trained.base.unet)
+        prompts, away = protocol.prompts(subject), drift_prompts(subject.class_name)
+        seeds, few = range(protocol.images_per_prompt), range(protocol.drift_images)
+        wanted = [(p.text, s) for p in prompts for s in seeds] + [(p, s) for p in away for s in few]
+        make_images(pipe, cell.images, wanted, protocol.sampling, str(cell), batch_size=protocol.images_per_prompt)
+        made = {prompt: read_images(cell.images, prompt.text, seeds) for prompt in prompts}
+        real = subject.real()
+        scores = score_images(self.encoders, real, made)
+        base = Cell(cell.root, BASE, 0.0, subject, 0)
+        add_drift(scores, self.encoders, *(_images(c, away, few) for c in (base if cell.method.trains else cell, cell)))
+        result = {
+            "method": cell.method.name, "definition": cell.method.definition(), "rate": cell.rate,
+            "subject": subject.name, "seed": cell.seed, "trainable": trained.trainable, "share": trained.share,
+            "bytes": trained.bytes, "seconds": round(trained.seconds, 2),
+            "peak_mb": round(trained.peak_bytes / 1e6, 1), "cell_seconds": round(time.perf_counter() - begun, 2),
+            "scores": scores.to_json(), "real": score_real(self.encoders, real).to_json(),
+            "losses": [round(value, 5) for value in trained.losses],
+        }  # fmt: skip
+        temporary = cell.folder / f"{RESULT}.tmp"
+        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        temporary.replace(cell.folder / RESULT)
+        (cell.folder / FAILURE).unlink(missing_ok=True)
+
+    def make_all(self, cells: Sequence[Cell], report: Callable[[Cell, str], None]) -> list[Cell]:
+        """Make every cell that is not finished; returns those that failed.
+
+        A cell that fails leaves its traceback in its folder and is tried again by the next call. Returns when all are
+        finished or have failed, here or in another process.
+        """
+        since, open_cells, failed = time.time(), list(dict.fromkeys(cells)), []
+        while open_cells:
+            waiting = []
+            for cell in open_cells:
+                if cell.result() is not None:
+                    continue
+                if cell.failure(since):
+                    failed.append(cell)
+                elif not self._try(cell, since, report):
+                    waiting.append(cell)
+                elif cell.result() is None:
+                    failed.append(cell)
+            if len(waiting) == len(open_cells):
+                time.sleep(1.0)
+            open_cells = waiting
+        return failed
+
+    def _try(self, cell: Cell, since: float, report: Callable[[Cell, str], None]) -> bool:
+        """Make a cell unless another process is at it; whether it was its turn."""
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(cell.folder / "lock", blocking=False):
+                if cell.result() is not None or cell.failure(since):
+                    return True
+                try:
+                    self.make(cell)
+                    report(cell, "done")
+                except InputError:
+                    raise
+                except Exception as error:
+                    (cell.folder / FAILURE).write_text(traceback.format_exc(), encoding="utf-8")
+                    report(cell, f"failed: {error}")
+                return True
+        except Timeout:
+            return False
+
+
+def _images(cell: Cell, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    return [image for prompt in prompts for image in read_images(cell.images, prompt, seeds)]

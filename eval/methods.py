@@ -1,0 +1,89 @@
+"""The methods of a comparison: what each puts into a denoiser, at sizes that are fixed in relation to S²FT's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffusers import UNet2DConditionModel
+from peft import FourierFTConfig, LoraConfig, PeftConfig, WaveFTConfig
+from torch import nn
+
+from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS, parse_arguments, s2ft_config
+
+FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
+LORA_NUMBERS = 12.0
+
+Kind = Literal["base", "full", "lora", "fourierft", "waveft", "s2ft"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of a comparison.
+
+    `rate` is where the search for its learning rate begins; `flags` are further flags of the S²FT trainer, for methods
+    of that kind.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    rate: float = 0.0
+    flags: tuple[str, ...] = ()
+
+    @property
+    def trains(self) -> bool:
+        return self.kind != "base"
+
+    def definition(self) -> dict[str, Any]:
+        """What the method is at this moment, presets resolved: results of another definition are no results of it."""
+        if self.kind != "s2ft":
+            return {"kind": self.kind}
+        args = parse_arguments(["--instance_dir", "photos", *self.flags])
+        config = s2ft_config(args, ["any"])
+        options = {name: getattr(config, name) for name in S2FT_OPTIONS if name != "n_frequency"}
+        return {"kind": self.kind, **options, "estimate": args.estimate, "estimate_draws": args.estimate_draws}
+
+
+BASE = Method("base", "base, nothing trained", "base")
+METHODS = (
+    BASE,
+    Method("full", "DreamBooth, full", "full", 3e-5),
+    Method("lora", "LoRA", "lora", 1e-3),
+    Method("fourierft", "FourierFT", "fourierft", 1e-2),
+    Method("waveft", "WaveFT", "waveft", 1e-3),
+    Method("s2ft-paper", "S²FT, paper", "s2ft", 1e-2, ("--preset", "paper")),
+    Method("s2ft-default", "S²FT, default", "s2ft", 3e-3, ("--preset", "default")),
+)
+
+
+def numbers(n_frequency: int | float, layer: nn.Linear, factor: float = 1.0) -> int:
+    """Real trainable numbers of a layer: `n_frequency` as the trainer reads it, times a factor."""
+    each = n_frequency * layer.weight.numel() if isinstance(n_frequency, float) else n_frequency
+    return min(round(factor * each), layer.weight.numel())
+
+
+def lora_rank(unet: UNet2DConditionModel, targets: Sequence[str], n_frequency: int | float) -> int:
+    """The least rank at which LoRA has at least `LORA_NUMBERS` times the numbers of S²FT."""
+    layers = [unet.get_submodule(name) for name in targets]
+    wanted = LORA_NUMBERS * sum(numbers(n_frequency, layer) for layer in layers)
+    return math.ceil(wanted / sum(layer.in_features + layer.out_features for layer in layers))
+
+
+def peft_config(
+    kind: Kind, unet: UNet2DConditionModel, targets: Sequence[str], n_frequency: int | float, seed: int
+) -> PeftConfig:
+    """PEFT's configuration of a method that it has: its own defaults but for the size, LoRA as diffusers' script.
+
+    FourierFT starts at zero, as all others do: its default start, random coefficients, spoils a diffusion model.
+    """
+    common: dict[str, Any] = {"target_modules": list(targets)}
+    if kind == "lora":
+        rank = lora_rank(unet, targets, n_frequency)
+        return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", **common)
+    pattern = {name: numbers(n_frequency, unet.get_submodule(name), FOURIER_NUMBERS) for name in targets}
+    config = {"fourierft": FourierFTConfig, "waveft": WaveFTConfig}[kind]
+    sizes = {"n_frequency": max(pattern.values()), "n_frequency_pattern": pattern}
+    return config(init_weights=True, random_loc_seed=seed, **sizes, **common)

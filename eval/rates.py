@@ -1,0 +1,24 @@
+"""The search for a learning rate: every method gets the same number of trials."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+STEP = math.sqrt(10)
+
+
+def next_rate(start: float, tried: Mapping[float, float]) -> float:
+    """Which rate to try after those tried (rate to score, higher is better).
+
+    From the start up and down in steps of half a decade until the best rate has been passed on both sides; then halves
+    of a step around the best one. Where a rate did not train at all, its score is -inf.
+    """
+    if not tried:
+        return start
+    best = max(tried, key=lambda rate: tried[rate])
+    for step in (STEP, math.sqrt(STEP)):
+        for candidate in (best / step, best * step):
+            if not any(math.isclose(candidate, rate, rel_tol=0.01) for rate in tried):
+                return candidate
+    raise ValueError(f"There is nothing left to try around {best:g}.")

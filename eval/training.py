@@ -1,0 +1,215 @@
+"""One protocol for all methods of a comparison: the same images, noise, steps and optimizer for each of them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save
+from torch import nn
+from tqdm import tqdm
+
+from s2ft_diffusion.adapter_file import collect_adapter, write_adapter
+from s2ft_diffusion.attention import attention_targets
+from s2ft_diffusion.dreambooth.arguments import parse_arguments, s2ft_config
+from s2ft_diffusion.dreambooth.base import Base, load_base, plan_base
+from s2ft_diffusion.dreambooth.batches import estimate_batches
+from s2ft_diffusion.dreambooth.draws import DrawStream
+from s2ft_diffusion.dreambooth.errors import Diverged
+from s2ft_diffusion.dreambooth.images import SquareImages, find_images
+from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
+from s2ft_diffusion.dreambooth.prompts import Prompts
+from s2ft_diffusion.prior import estimate_prior, place_from_prior
+
+from .methods import Method, peft_config
+
+ADAPTER = "default"
+ALONE = SimpleNamespace(process_index=0, num_processes=1)  # a run is one process's, however many share the work
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained on: a base, a subject's photos under a prompt, for so many steps of so many images."""
+
+    base: str
+    photos: Path
+    instance_prompt: str
+    seed: int
+    n_frequency: int | float
+    targets: str = "qv"
+    steps: int = 300
+    batch: int = 4
+    resolution: int | None = None
+
+
+@dataclass
+class Trained:
+    """A trained denoiser, its adapter merged into the weights, and what it took.
+
+    `seconds` are those of everything but loading the base and encoding the photos; `peak_bytes` is the growth of memory
+    while training (on a GPU, what was allocated at most).
+    """
+
+    base: Base
+    trainable: int
+    share: float
+    weights: bytes | None
+    bytes: int
+    seconds: float
+    peak_bytes: int
+    losses: list[float]
+
+
+def trainer_arguments(run: Run, flags: Sequence[str] = ()):
+    """The recipe's arguments for a run."""
+    resolution = ["--resolution", str(run.resolution)] if run.resolution else []
+    return parse_arguments(
+        [
+            "--pretrained_model_name_or_path", run.base, "--instance_dir", str(run.photos),
+            "--instance_prompt", run.instance_prompt, "--seed", str(run.seed), "--n_frequency", str(run.n_frequency),
+            "--targets", run.targets, "--center_crop", "--train_batch_size", str(run.batch),
+            "--max_train_steps", str(run.steps), "--report_to", "none", *resolution, *flags,
+        ]
+    )  # fmt: skip
+
+
+class Session:
+    """The base, loaded for a run, with its loss and its draws."""
+
+    def __init__(self, run: Run, flags: Sequence[str] = (), device: str = "cpu") -> None:
+        self.run, self.device = run, device
+        self.args = trainer_arguments(run, flags)
+        self.plan = plan_base(self.args)
+        self.base = load_base(self.plan)
+        for model in (self.base.unet, self.base.vae, self.base.text_encoder):
+            model.to(device)
+        images = SquareImages(find_images(run.photos), self.plan.resolution, center_crop=True)
+        self.source = LatentSource(images, self.base.vae)
+        self.source.keep_all((False,))
+        self.stream = DrawStream("instance", run.seed, len(images), self.plan.latent_shape, random_flip=False)
+        prompts = Prompts(self.base.tokenizer, self.base.text_encoder)
+        self.loss = DiffusionLoss(self.base.unet, self.base.scheduler, prompts)
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.base.unet
+
+    @property
+    def targets(self) -> list[str]:
+        return attention_targets(self.unet, self.run.targets)
+
+    def estimate_batches(self, stream: DrawStream | None = None) -> list:
+        """The draws that a prior is estimated from, as the recipe takes them."""
+        return estimate_batches(self.args, stream or self.stream, self.source, ALONE)
+
+    def batch(self, step: int) -> list:
+        """The samples of an optimizer step."""
+        numbers = range(step * self.run.batch, (step + 1) * self.run.batch)
+        return [(self.stream.sample(i), self.source, self.run.instance_prompt, 1.0) for i in numbers]
+
+    def attach(self, method: Method) -> None:
+        """Make trainable what the method trains."""
+        torch.manual_seed(self.run.seed)
+        if method.kind == "full":
+            self.unet.requires_grad_(True)
+        elif method.kind == "s2ft":
+            self.unet.add_adapter(s2ft_config(self.args, self.targets), ADAPTER)
+            prior = estimate_prior(self.unet, self.loss, self.estimate_batches(), estimate=self.args.estimate)
+            place_from_prior(self.unet, prior)
+        elif method.trains:
+            config = peft_config(method.kind, self.unet, self.targets, self.run.n_frequency, self.run.seed)
+            self.unet.add_adapter(config, ADAPTER)
+
+
+def train(method: Method, rate: float, run: Run, device: str = "cpu") -> Trained:
+    """Train a method on a subject. Raises Diverged for a loss that is not finite."""
+    session = Session(run, method.flags, device)
+    size = sum(p.numel() for p in session.unet.parameters())
+    losses: list[float] = []
+    with peak_memory(device) as peak:
+        begun = time.perf_counter()
+        session.attach(method)
+        parameters = [p for p in session.unet.parameters() if p.requires_grad]
+        if method.trains:
+            optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+            for step in tqdm(range(run.steps), desc=f"{method.name} {rate:.1e}", mininterval=1):
+                value = session.loss(session.batch(step))
+                value.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(float(value.detach()))
+                if not torch.isfinite(value):
+                    raise Diverged(f"The loss of {method.name} is {losses[-1]} at step {step + 1}, rate {rate:g}.")
+            del optimizer
+        seconds = time.perf_counter() - begun
+    trainable = sum(p.numel() for p in parameters)
+    weights, length = _stored(session.unet, method)
+    merge(session.unet)
+    return Trained(session.base, trainable, trainable / size, weights, length, seconds, peak.bytes, losses)
+
+
+def merge(unet: nn.Module) -> None:
+    """Merge adapters into the weights: images of all methods then cost the same."""
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    unet.requires_grad_(False)
+
+
+def _stored(unet: UNet2DConditionModel, method: Method) -> tuple[bytes | None, int]:
+    """An adapter's file in half precision, and its size; of full fine-tuning, the size alone."""
+    if method.kind == "base":
+        return None, 0
+    if method.kind == "full":
+        return None, sum(2 * p.numel() for p in unet.parameters())
+    if method.kind == "s2ft":
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "adapter.safetensors"
+            write_adapter(path, collect_adapter({"unet": unet}, ADAPTER), "float16")
+            data = path.read_bytes()
+    else:
+        state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+        data = save({name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()})
+    return data, len(data)
+
+
+class _Peak:
+    bytes = 0
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[_Peak]:
+    """How much memory grows within the block: allocated on a GPU, resident otherwise (Linux; elsewhere 0)."""
+    found = _Peak()
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        yield found
+        found.bytes = torch.cuda.max_memory_allocated()
+        return
+    if sys.platform != "linux":
+        yield found
+        return
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    yield found
+    found.bytes = _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
