@@ -40,7 +40,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
 KEPT_ADAPTERS = 8
-PREVIEW_SHARE = 0.02  # of the time of a generation may be spent on previews
+PREVIEW_SHARE = 0.01  # of the time of a generation may be spent on previews
 
 
 class Cancelled(Exception):
@@ -259,8 +259,11 @@ def load_base(base: str, device: str, dtype: torch.dtype) -> StableDiffusionPipe
 
 
 def _copy(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """A pipeline with adaptable models of its own; what no adapter touches is shared."""
-    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("unet", "text_encoder", "scheduler")}
+    """A pipeline with adaptable models and a tokenizer of its own; what no request touches is shared.
+
+    A tokenizer keeps how it pads and truncates: one that encodes for two requests at once may pad one as the other.
+    """
+    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("unet", "text_encoder", "tokenizer", "scheduler")}
     other = StableDiffusionPipeline(**{**pipe.components, **own}, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other

@@ -20,7 +20,7 @@ from .training import TrainingQueue
 
 logger = logging.getLogger("app")
 DEMO_ADAPTERS = Path(__file__).parent / "adapters"
-QUEUE_LOOKS_EVERY = 0.02  # seconds
+QUEUE_LOOKS_EVERY = 0.05  # seconds
 MADE_BY_DEMO = ROOT / "outputs" / "demo" / "adapter"
 
 

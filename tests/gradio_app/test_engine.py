@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from PIL import Image, ImageChops
 
-from app.engine import SCHEDULERS, Cancelled, Engine, Listener, Settings
+from app.engine import SCHEDULERS, Cancelled, Engine, Listener, Settings, _encode
 from app.limits import RequestError
 from tests.gradio_app.conftest import settings
 
@@ -45,6 +46,21 @@ def test_each_image_is_its_seeds_own(engine, library, ids) -> None:
         again = Settings.from_json(image.info["s2ft"])
         assert again.images == 1
         assert same(engine.generate(again, library)[0], image)
+
+
+def test_requests_at_once_do_not_share_how_prompts_are_padded() -> None:
+    """A tokenizer's padding is its state: with one for two pipelines, a tenth of these came out shorter."""
+    two = Engine("toybox", pipelines=2)
+    pipes = [two._workers.get().pipe for _ in range(2)]
+    wanted = [settings(prompt=prompt) for prompt in ("a photo of sks cat", "a photo of a red dog in the snow")]
+    alone = [_encode(pipe, wish) for pipe, wish in zip(pipes, wanted, strict=True)]
+
+    def differing(pipe, wish, right) -> int:
+        made = [_encode(pipe, wish) for _ in range(100)]
+        return sum(not torch.equal(words[key], right[key]) for words in made for key in right)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(differing, pipes, wanted, alone)) == [0, 0]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
