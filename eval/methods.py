@@ -15,6 +15,7 @@ from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS, parse_arguments, s
 
 FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
 LORA_NUMBERS = 12.0
+ESTIMATE = ("estimate", "estimate_draws", "estimate_from")
 
 Kind = Literal["base", "full", "lora", "fourierft", "waveft", "s2ft"]
 
@@ -44,7 +45,7 @@ class Method:
         args = parse_arguments(["--instance_dir", "photos", *self.flags])
         config = s2ft_config(args, ["any"])
         options = {name: getattr(config, name) for name in S2FT_OPTIONS if name != "n_frequency"}
-        return {"kind": self.kind, **options, "estimate": args.estimate, "estimate_draws": args.estimate_draws}
+        return {"kind": self.kind, **options, **{name: getattr(args, name) for name in ESTIMATE}}
 
 
 BASE = Method("base", "base, nothing trained", "base")

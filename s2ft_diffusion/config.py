@@ -25,6 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scaling": 100.0,  # the paper does not say; docs/learning-rate.md
         "coefficients": "real",
         "norm": "backward",
+        "sampling": "power",
         "distance": "euclidean",
         "signs": False,
         "refine": None,
@@ -46,8 +47,9 @@ class S2FTConfig(PeftConfig):
         scaling: the factor alpha of Eq. 3, applied to every delta weight.
         coefficients: "complex" (half plane, two numbers a position) or "real" (full plane, one number; the paper).
         norm: the inverse transform's normalisation: "ortho" (1 / sqrt(d * k)) or "backward" (1 / (d * k); the paper).
-        sampling: how positions are drawn: "power" (Eq. 7), "low_frequency" or "random". Without a prior, as after plain
-            construction, "power" draws as "low_frequency" does until `initialize_s2ft_weights` has been called.
+        sampling: how positions are chosen: "top" (the prior's largest), "power" (drawn by Eq. 7; the paper),
+            "low_frequency" or "random". Without a prior, as after plain construction, the first two draw as
+            "low_frequency" does until `initialize_s2ft_weights` has been called.
         gamma: exponent of the sampling probability (Eq. 7).
         rearrange: "nearest_neighbor" (Alg. 1) or "none" (the identity: FourierFT's setting).
         distance: between rows and between columns: "cosine" or "euclidean" (the paper).
@@ -66,7 +68,7 @@ class S2FTConfig(PeftConfig):
     scaling: float = 1.0
     coefficients: CoefficientKind = "complex"
     norm: Norm = "ortho"
-    sampling: Sampling = "power"
+    sampling: Sampling = "top"
     gamma: float = 1.5
     rearrange: Literal["nearest_neighbor", "none"] = "nearest_neighbor"
     distance: Distance = "cosine"
@@ -89,7 +91,7 @@ class S2FTConfig(PeftConfig):
         choices = {
             "coefficients": ("complex", "real"),
             "norm": ("ortho", "backward"),
-            "sampling": ("power", "low_frequency", "random"),
+            "sampling": ("power", "top", "low_frequency", "random"),
             "rearrange": ("nearest_neighbor", "none"),
             "distance": ("cosine", "euclidean"),
             "refine": ("2opt", None),

@@ -180,7 +180,7 @@ class S2FTLayer(BaseTunerLayer):
                 count,
                 shape,
                 kind=config.coefficients,
-                sampling="low_frequency" if config.sampling == "power" else config.sampling,
+                sampling="low_frequency" if config.sampling in ("power", "top") else config.sampling,
                 generator=seeded(config.seed, name),
                 name=name,
             )

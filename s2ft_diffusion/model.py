@@ -57,7 +57,7 @@ class S2FTModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: S2FTConfig, adapter_name: str) -> None:
         _guard_fuse_qkv_projections(type(model))
-        if config.sampling == "power" and not config.inference_mode:
+        if config.sampling in ("power", "top") and not config.inference_mode:
             logger.info(
                 "S2FT adapter %r starts without a prior: identity order, low-frequency positions. "
                 "initialize_s2ft_weights estimates one.",

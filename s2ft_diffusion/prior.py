@@ -37,7 +37,7 @@ def initialize_s2ft_weights(
     *,
     estimate: Estimate = "gradient",
     adapter_name: str = "default",
-    learning_rate: float = 1e-4,
+    learning_rate: float = 3e-4,
     progress: bool = False,
 ) -> None:
     """Estimate the prior, and set an adapter's rearrangement and positions from it, in place.
@@ -68,7 +68,7 @@ def estimate_prior(
     *,
     estimate: Estimate = "gradient",
     adapter_name: str = "default",
-    learning_rate: float = 1e-4,
+    learning_rate: float = 3e-4,
 ) -> dict[str, torch.Tensor]:
     """The estimated weight change (d, k), float32, of every layer that carries the adapter.
 

@@ -23,7 +23,7 @@ from .rearrange import Rearrangement
 
 CoefficientKind = Literal["complex", "real"]
 Norm = Literal["backward", "ortho"]
-Sampling = Literal["power", "low_frequency", "random"]
+Sampling = Literal["power", "top", "low_frequency", "random"]
 
 LOW_FREQUENCY_WIDTH = 0.1  # standard deviation of the "low_frequency" density, in cycles per row or column
 _ADJOINT_NORM = {"backward": "forward", "ortho": "ortho"}
@@ -182,7 +182,9 @@ def sample_positions(
 ) -> torch.Tensor:
     """Draw `count` distinct positions (count, 2), int32, sorted, without replacement.
 
-    "power" draws in proportion to |DFT2(latent)|^gamma (Eq. 7), `latent` being the rearranged prior (d, k);
+    "power" draws in proportion to |DFT2(latent)|^gamma (Eq. 7), `latent` being the rearranged prior (d, k); "top" takes
+    the largest amplitudes, one of each mirrored pair, for "real" those that a cosine reaches (the real part's), their
+    squares averaged with those around them: an estimate's noise differs from bin to bin, a smooth matrix's power less;
     "low_frequency" in proportion to a Gaussian of the distance from frequency zero; "random" uniformly. Drawing is an
     exponential race (Gumbel top-k) with a CPU `generator`: `torch.multinomial` stops at 2^24 categories.
 
@@ -191,11 +193,12 @@ def sample_positions(
     """
     d, k = shape
     u = torch.arange(d)[:, None]
-    v = torch.arange(k if kind == "real" else k // 2 + 1)
-    if sampling == "power":
+    half = kind == "complex" or (sampling == "top" and 2 * count <= d * k)
+    v = torch.arange(k // 2 + 1 if half else k)
+    if sampling in ("power", "top"):
         if latent is None:
-            raise ValueError('sampling="power" needs the rearranged prior.')
-        amplitude = _amplitude(latent, kind)
+            raise ValueError(f'sampling="{sampling}" needs the rearranged prior.')
+        amplitude = _amplitude(latent, half=half, top=sampling == "top", real=kind == "real")
         if not torch.isfinite(amplitude).all():
             raise ValueError(f"The prior of {name} has NaN or infinite entries.")
         log_weight = amplitude.log_().mul_(gamma) if gamma else torch.where(amplitude > 0, 0.0, -math.inf)
@@ -205,7 +208,9 @@ def sample_positions(
     else:
         log_weight = torch.zeros(len(u), len(v))
     race = -torch.empty(log_weight.shape).exponential_(generator=generator).log_()
-    if kind == "complex":  # in columns that are their own mirrors, half of the places mirror the other half
+    if sampling == "top":
+        race[torch.isfinite(log_weight)] = 0.0
+    if half:  # in columns that are their own mirrors, half of the places mirror the other half
         for column in {0, *([k // 2] if k % 2 == 0 else [])}:
             race[d // 2 + 1 :, column] = log_weight[d // 2 + 1 :, column] = -math.inf
     possible = int(torch.isfinite(log_weight).sum())
@@ -222,12 +227,24 @@ def sample_positions(
     return torch.stack([chosen // len(v), chosen % len(v)], dim=1).int()
 
 
-def _amplitude(latent: torch.Tensor, kind: CoefficientKind) -> torch.Tensor:
-    """|DFT2(latent)| in float32, relative to the largest, of the half plane (d, k // 2 + 1) or, for "real", of the full
-    one (d, k); rounding noise counts as zero."""
+def _amplitude(latent: torch.Tensor, *, half: bool, top: bool, real: bool) -> torch.Tensor:
+    """|DFT2(latent)| in float32 and relative to the largest, of the half plane (d, k // 2 + 1) or of the full one
+    (d, k), as `sample_positions` wants it for "top"; rounding noise counts as zero."""
     latent = latent.detach().to("cpu", torch.float32)
-    amplitude = (torch.fft.rfft2(latent) if kind == "complex" else torch.fft.fft2(latent)).abs()
+    if top:
+        spectrum = torch.fft.fft2(latent)
+        amplitude = _averaged((spectrum.real if real else spectrum.abs()).square()).sqrt_()
+        amplitude = amplitude[:, : latent.shape[1] // 2 + 1].contiguous() if half else amplitude
+    else:
+        amplitude = (torch.fft.rfft2(latent) if half else torch.fft.fft2(latent)).abs()
     largest = float(amplitude.max())
     if largest == 0.0 or not math.isfinite(largest):
         return amplitude
     return torch.nn.functional.threshold(amplitude.div_(largest), 1e-6, 0.0)
+
+
+def _averaged(power: torch.Tensor) -> torch.Tensor:
+    """A periodic (d, k) matrix averaged with its neighbours by the binomial weights 1, 2, 1 in each direction."""
+    for dim in (0, 1):
+        power = 0.5 * power + 0.25 * (power.roll(1, dim) + power.roll(-1, dim))
+    return power

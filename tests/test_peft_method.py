@@ -167,7 +167,7 @@ def test_names_what_it_cannot_adapt(two_layers) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"coefficients": "imaginary"}, {"norm": "forward"}, {"sampling": "top"}, {"rearrange": "sort"},
+        {"coefficients": "imaginary"}, {"norm": "forward"}, {"sampling": "best"}, {"rearrange": "sort"},
         {"distance": "manhattan"}, {"refine": "3opt"}, {"n_frequency": 0}, {"n_frequency": 1.5}, {"gamma": -1},
         {"n_frequency_pattern": {"x": 0}},
     ],

@@ -33,11 +33,9 @@ def total_steps(args: argparse.Namespace, images: int, accelerator: Accelerator)
 def estimate_batches(
     args: argparse.Namespace, stream: DrawStream, source: LatentSource, accelerator: Accelerator
 ) -> list[list[Sample]]:
-    """One draw a batch, shared out over the processes; for "full", each step's batch has one draw of every image, and
-    every process takes the same steps (Adam does not mind that their gradients are added)."""
-    draws = stream.stratified(args.estimate_draws)
-    size = stream.count if args.estimate == "full" else 1
-    batches = [draws[i : i + size] for i in range(0, len(draws), size)]
+    """One draw a batch, shared out over the processes; for "full", every process takes the same steps (Adam does not
+    mind that their gradients are added)."""
+    batches = [[draw] for draw in stream.stratified(args.estimate_draws, args.estimate_from)]
     if args.estimate != "full":
         batches = batches[accelerator.process_index :: accelerator.num_processes]
     return [[(draw, source, args.instance_prompt, 1.0) for draw in batch] for batch in batches]
