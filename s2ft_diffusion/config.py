@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "coefficients": "real",
         "norm": "backward",
         "sampling": "power",
+        "gamma": 1.5,
         "distance": "euclidean",
         "signs": False,
         "refine": None,
@@ -50,7 +51,7 @@ class S2FTConfig(PeftConfig):
         sampling: how positions are chosen: "top" (the prior's largest), "power" (drawn by Eq. 7; the paper),
             "low_frequency" or "random". Without a prior, as after plain construction, the first two draw as
             "low_frequency" does until `initialize_s2ft_weights` has been called.
-        gamma: exponent of the sampling probability (Eq. 7).
+        gamma: exponent of the sampling probability (Eq. 7; 1.5 in the paper).
         rearrange: "nearest_neighbor" (Alg. 1) or "none" (the identity: FourierFT's setting).
         distance: between rows and between columns: "cosine" or "euclidean" (the paper).
         signs: let rows and columns be negated where that brings them nearer to their neighbours.
@@ -69,7 +70,7 @@ class S2FTConfig(PeftConfig):
     coefficients: CoefficientKind = "complex"
     norm: Norm = "ortho"
     sampling: Sampling = "top"
-    gamma: float = 1.5
+    gamma: float = 3.0
     rearrange: Literal["nearest_neighbor", "none"] = "nearest_neighbor"
     distance: Distance = "cosine"
     signs: bool = True
