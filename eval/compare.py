@@ -41,10 +41,7 @@ QUICK = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
-    add("--subjects_dir", type=Path, help="a folder of photos for each subject; by default the toybox's subjects")
-    add("--prompts", type=Path, help="DreamBench's prompts_and_classes.txt; by default the one in --subjects_dir")
-    add("--development", nargs="+", help="subjects to choose learning rates on")
-    add("--subjects", nargs="+", help="subjects to compare on; by default all others")
+    add_subject_arguments(parser)
     add("--methods", nargs="+", choices=[m.name for m in METHODS if m.trains], help="by default all")
     add("--trials", type=int, default=5, help="learning rates that every method may try")
     add("--seeds", type=int, default=2, help="trainings of every method on every subject")
@@ -61,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="a small version of everything, in ten minutes on two CPU cores")
     add("--output_dir", type=Path, default=Path("outputs/compare"))
     add_encoder_arguments(parser)
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--subjects_dir", type=Path, help="a folder of photos for each subject; by default the toybox's subjects")
+    add("--prompts", type=Path, help="DreamBench's prompts_and_classes.txt; by default the one in --subjects_dir")
+    add("--development", nargs="+", help="subjects to choose on, learning rates for example")
+    add("--subjects", nargs="+", help="subjects to report on; by default all others")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,11 +189,10 @@ def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protoco
     """What all cells share, from the arguments."""
     toy = args.base == "toybox"
     guidance = args.guidance if args.guidance is not None else 4.0 if toy else 7.5
-    amount = float(args.n_frequency) if "." in args.n_frequency else int(args.n_frequency)
     return Protocol(
         base=args.base,
         token=args.token,
-        n_frequency=amount,
+        n_frequency=amount(args.n_frequency),
         targets=args.targets,
         steps=args.steps,
         batch=args.batch,
@@ -199,6 +203,14 @@ def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protoco
         sampling=Sampling(args.sampling_steps, guidance, args.resolution),
         encoders=tuple(encoders.items()),
     )
+
+
+def amount(text: str) -> int | float:
+    """Numbers a layer: a count, or a share of d * k below 1. Raises InputError for anything else."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise InputError(f"--n_frequency must be a count or a share such as 0.02, got {text!r}.") from None
 
 
 def merit(cell: Cell, base: Cell) -> float:

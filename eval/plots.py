@@ -108,3 +108,34 @@ def plot_sheet(subject: Subject, cells: Sequence[Cell], protocol: Protocol, path
     for axes, prompt in zip(grid[min(1, len(rows) - 1)], prompts, strict=True):
         axes.set_title(prompt.text.removeprefix("a photo of "), fontsize=6, wrap=True)
     figure.savefig(path, dpi=110)
+
+
+def plot_spectrum(report: dict[str, Any], path: Path) -> None:
+    """Where energy lies, how amplitudes are spread, what keeping few of them loses, and what positions reach."""
+    rows = {row["construction"]: row for row in report["rows"]}
+    names = list(rows)
+    shown = [name for name in names if name == names[0] or name.startswith(("paper:", "default:", "default, ordered"))]
+    figure = Figure(figsize=(15, 3.9), layout="constrained")
+    power, amplitude, error, reached = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.25))
+    for colour, name in zip(COLOURS[1:], shown, strict=False):
+        row = rows[name]
+        bins = len(row["radial_power"])
+        power.plot((np.arange(bins) + 0.5) / bins, row["radial_power"], label=name, color=colour)
+        amplitude.plot(np.linspace(0, 1, len(row["amplitude"])), row["amplitude"], color=colour)
+        for kind, style in (("complex", "-"), ("real", ":")):
+            error.plot(report["shares"], row["error"][kind], style, color=colour)
+    power.set(title="energy of the true change by frequency", xlabel="distance from frequency zero", yscale="log")
+    power.legend(fontsize=7)
+    amplitude.set(title="amplitudes of its spectrum", xlabel="quantile", ylabel="relative to their RMS", yscale="log")
+    amplitude.set_ylim(bottom=1e-2)
+    error.set(title="error of keeping the largest (dotted: real)", xlabel="share of numbers kept", xscale="log")
+    places = np.arange(len(names))
+    for offset, key, label in ((-0.2, "sampled", "sampled"), (0.2, "top", "the largest n")):
+        means = [rows[name][key]["mean"] for name in names]
+        errors = [rows[name][key]["stderr"] or 0.0 for name in names]
+        reached.barh(places + offset, means, 0.4, xerr=errors, label=label)
+    reached.set_yticks(places, names, fontsize=7)
+    reached.invert_yaxis()
+    reached.set_title("share of its energy within reach")
+    reached.legend(fontsize=7)
+    figure.savefig(path, dpi=110)

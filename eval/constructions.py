@@ -1,0 +1,85 @@
+"""Ways from a prior to a layer's rearrangement and positions, one change at a time from the paper's to the default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from s2ft_diffusion.config import S2FTConfig
+from s2ft_diffusion.rearrange import Rearrangement, find_rearrangement
+from s2ft_diffusion.seeding import seeded
+from s2ft_diffusion.spectrum import count_positions, sample_positions
+
+PriorName = Literal["gradient", "normalized", "full", "full, from 0.1", "full, from 0.1, three times", "true change"]
+# How each prior is estimated: the recipe's --estimate, --estimate_draws and --estimate_from.
+PRIORS: dict[str, tuple[str, int, float]] = {
+    "gradient": ("gradient", 8, 0.0),
+    "normalized": ("normalized", 8, 0.0),
+    "full": ("full", 8, 0.0),
+    "full, from 0.1": ("full", 8, 0.1),
+    "full, from 0.1, three times": ("full", 24, 0.1),
+}
+
+
+@dataclass(frozen=True)
+class Construction:
+    """A prior's name and the options of `S2FTConfig` that matter before training."""
+
+    name: str
+    prior: PriorName
+    config: S2FTConfig
+
+    def rearrangement(self, prior: torch.Tensor, layer: str) -> Rearrangement:
+        """The rearrangement of a layer's prior (d, k)."""
+        config = self.config
+        if config.rearrange == "none":
+            return Rearrangement.identity(*prior.shape)
+        generator = seeded(config.seed, layer)
+        return find_rearrangement(
+            prior, distance=config.distance, signs=config.signs, refine=config.refine, generator=generator
+        )
+
+    def positions(
+        self, prior: torch.Tensor, rearrangement: Rearrangement, layer: str, sampling: str, n_frequency: int | float
+    ) -> torch.Tensor:
+        """Positions for a budget of real numbers."""
+        shape = tuple(prior.shape)
+        return sample_positions(
+            count_positions(n_frequency, shape, self.config.coefficients),
+            shape,
+            kind=self.config.coefficients,
+            sampling=sampling,
+            gamma=self.config.gamma,
+            latent=rearrangement.invert(prior),
+            generator=seeded(self.config.seed, layer, "positions"),
+            name=layer,
+        )
+
+
+def constructions(seed: int = 0) -> list[Construction]:
+    """From no rearrangement to the paper's, step by step to the default, and what the true change itself would give."""
+    paper = S2FTConfig.from_preset("paper", seed=seed)
+    default = S2FTConfig.from_preset("default", seed=seed)
+    steps = [
+        Construction("no rearrangement", "gradient", replace(paper, rearrange="none")),
+        Construction("paper: nearest neighbour, real", "gradient", paper),
+    ]
+    for name, change in {
+        "+ complex": {"coefficients": "complex"},
+        "+ cosine distance": {"distance": "cosine"},
+        "+ signs": {"signs": True},
+        "+ 2-opt": {"refine": "2opt"},
+        "+ gamma 3": {"gamma": default.gamma},
+    }.items():
+        steps.append(Construction(name, "gradient", replace(steps[-1].config, **change)))
+    return [
+        *steps,
+        Construction("+ normalised prior", "normalized", default),
+        Construction("+ prior of 48 steps of full fine-tuning", "full", default),
+        Construction("default: + without the least noise", "full, from 0.1", default),
+        Construction("default, three times the steps", "full, from 0.1, three times", default),
+        Construction("paper, ordered by the true change", "true change", paper),
+        Construction("default, ordered by the true change", "true change", default),
+    ]
