@@ -73,7 +73,8 @@ def estimate_prior(
     """The estimated weight change (d, k), float32, of every layer that carries the adapter.
 
     "gradient" is Eq. 4, -sum g. "normalized" is -sum g / sqrt(sum g^2) over the batches, nearer to what Adam does.
-    "full" is the change that one AdamW step a batch makes, of the adapted weights alone (the paper's Table 6).
+    "full" is the change that one AdamW step a batch makes, of the adapted weights alone (the paper's Table 6), with the
+    gradients of all processes averaged.
 
     Memory beyond the model, for every adapted layer: one dense float32 matrix for "gradient", two for "normalized",
     Adam's three (the change and two moments), the gradient and a copy of the weight for "full". All weights are as
@@ -221,6 +222,7 @@ def _estimate_by_training(
                 change[name].grad = torch.zeros_like(change[name]) if weight.grad is None else weight.grad.float()
                 weight.grad = None
                 _sum_over_processes(change[name].grad)
+                change[name].grad.div_(dist.get_world_size() if _distributed() else 1)
             optimizer.step()
             with torch.no_grad():
                 for name, weight in weights.items():

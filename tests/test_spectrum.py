@@ -128,6 +128,40 @@ def test_power_sampling_follows_the_spectrum() -> None:
     assert (counts / 4000 - expected).abs().max() < 4 * (expected * (1 - expected) / 4000).sqrt().max()
 
 
+@pytest.mark.parametrize("shape", [(30, 41), (30, 40), (31, 41)])
+@pytest.mark.parametrize("kind", ["real", "complex"])
+def test_top_takes_the_largest_once(kind, shape) -> None:
+    """Planted frequencies are found, whichever of a mirrored pair they were planted at, and no mirror is taken."""
+    d, k = shape
+    chosen = sample_positions(12, shape, kind=kind, sampling="random", generator=torch.Generator().manual_seed(1))
+    size = (len(chosen), 2) if kind == "complex" else (len(chosen),)
+    index = index_spectrum(chosen, shape)
+    latent = delta_weight(10 + torch.rand(size), index, Rearrangement.identity(*shape), "ortho")
+    latent = latent + 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    found = sample_positions(13 * len(chosen), shape, kind=kind, sampling="top", latent=latent).tolist()
+    pairs = {frozenset({(u, v), (-u % d, -v % k)}) for u, v in found}
+    assert len(pairs) == len(found) == 13 * len(chosen)
+    assert {frozenset({(u, v), (-u % d, -v % k)}) for u, v in chosen.tolist()} <= pairs
+    again = sample_positions(13 * len(chosen), shape, kind=kind, sampling="top", latent=latent)
+    assert again.tolist() == found  # nothing is drawn
+
+
+def test_top_prefers_neighbourhoods_to_lone_bins() -> None:
+    """Of two equal amplitudes, the one among large ones: a lone bin is more likely to be noise."""
+    spectrum = torch.zeros(32, 17, dtype=torch.complex64)
+    spectrum[4:7, 4:7] = 1.0
+    spectrum[20, 10] = 1.0
+    latent = torch.fft.irfft2(spectrum, s=(32, 32))
+    found = sample_positions(9, (32, 32), kind="complex", sampling="top", latent=latent).tolist()
+    assert [5, 5] in found
+    assert [20, 10] not in found
+
+
+def test_top_fills_both_halves_of_the_plane_where_it_must() -> None:
+    latent = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    assert len(sample_positions(60, (8, 8), kind="real", sampling="top", latent=latent).unique(dim=0)) == 60
+
+
 def test_low_frequency_sampling_prefers_low_frequencies() -> None:
     positions = sample_positions(300, (64, 64), kind="real", sampling="low_frequency").float() / 64
     radius = torch.minimum(positions, 1 - positions).norm(dim=1)

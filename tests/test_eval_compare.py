@@ -1,0 +1,262 @@
+"""`python -m eval compare` and `spectrum`: the search, the statistics, and whole runs of the smallest size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("open_clip")
+
+from eval import cells, spectrum
+from eval.__main__ import main
+from eval.methods import LORA_NUMBERS, METHODS, Method, lora_rank, numbers, peft_config
+from eval.rates import STEP, next_rate
+from eval.statistics import mean_and_error, paired_difference
+from eval.training import peak_memory
+from s2ft_diffusion.attention import attention_targets
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def search(score, start: float, trials: int) -> dict[float, float]:
+    tried: dict[float, float] = {}
+    for _ in range(trials):
+        rate = next_rate(start, tried)
+        tried[rate] = score(rate)
+    return tried
+
+
+@pytest.mark.parametrize("optimum", [1e-4, 1e-3, 2e-3, 1e-2])
+def test_the_search_for_a_rate_passes_the_optimum(optimum) -> None:
+    tried = search(lambda rate: -abs(math.log(rate / optimum)), 1e-3, 5)
+    assert len(tried) == 5
+    best = max(tried, key=tried.__getitem__)
+    assert abs(math.log10(best / optimum)) <= 0.25 + 1e-6
+    assert min(tried) < optimum * 1.01
+    assert max(tried) > optimum * 0.99
+
+
+def test_a_rate_that_fails_is_gone_away_from() -> None:
+    tried = search(lambda rate: float("-inf") if rate > 2e-3 else rate, 1e-2, 3)
+    assert max(tried, key=tried.__getitem__) == pytest.approx(1e-2 / STEP / STEP)
+
+
+def test_means_and_paired_differences() -> None:
+    assert mean_and_error([1.0, 2.0, 3.0]) == {"mean": 2.0, "stderr": pytest.approx(1 / 3**0.5)}
+    assert mean_and_error([1.0]) == {"mean": 1.0, "stderr": None}
+    first = {(s, n): 0.5 + 0.1 * i + 0.01 * n for i, s in enumerate("abcdef") for n in (0, 1)}
+    second = {key: value - 0.2 - (0.02 if key[0] < "d" else 0.0) for key, value in first.items()}
+    found = paired_difference(first, {**second, ("elsewhere", 0): 9.0})
+    assert found["n"] == 12
+    assert found["mean"] == pytest.approx(0.21)
+    assert 0.2 <= found["low"] < 0.21 < found["high"] <= 0.22
+    same = paired_difference(first, {key: value - 0.1 for key, value in first.items()})
+    assert same["low"] == pytest.approx(0.1)
+    alone = paired_difference({("a", 0): 1.0}, {("a", 0): 0.5})
+    assert (alone["mean"], alone["low"], alone["high"], alone["n"]) == (0.5, None, None, 1)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(60):
+        values = 1.0 + torch.randn(12, generator=generator)
+        subjects = [(str(i), 0) for i in range(12)]
+        found = paired_difference(dict(zip(subjects, values.tolist(), strict=True)), dict.fromkeys(subjects, 0.0))
+        held += found["low"] <= 1.0 <= found["high"]
+    assert 50 <= held <= 60
+
+
+def test_sizes_are_in_the_relation_that_is_compared(pipe) -> None:
+    unet = pipe.unet
+    targets = attention_targets(unet)
+    ours = sum(numbers(0.02, unet.get_submodule(name)) for name in targets)
+    counts = {}
+    for kind in ("lora", "fourierft", "waveft"):
+        adapted = type(unet).from_config(unet.config)
+        adapted.requires_grad_(False)
+        adapted.add_adapter(peft_config(kind, adapted, targets, 0.02, 0))
+        counts[kind] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert counts["lora"] >= LORA_NUMBERS * ours
+    assert counts["lora"] < LORA_NUMBERS * ours * (1 + 1 / lora_rank(unet, targets, 0.02))
+    for kind in ("fourierft", "waveft"):
+        assert ours / counts[kind] == pytest.approx(0.8, rel=1e-3)
+
+
+def test_a_method_knows_when_it_has_become_another() -> None:
+    default, paper = (m.definition() for m in METHODS if m.kind == "s2ft")
+    assert default != paper
+    changed = Method("s2ft-default", "another title", "s2ft", 1.0, ("--preset", "default", "--gamma", "2"))
+    assert changed.definition() != METHODS[-1].definition()
+    assert Method("s2ft-default", "x", "s2ft", 9.0, ("--preset", "default")).definition() == METHODS[-1].definition()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' /proc")
+def test_peak_memory_counts_what_is_freed_again() -> None:
+    with peak_memory("cpu") as peak:
+        block = torch.ones(50 * 2**20 // 4)
+        del block
+    assert 45 * 2**20 < peak.bytes < 80 * 2**20
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [
+        "compare", "--output_dir", str(folder), "--device", "cpu", "--methods", "lora", "s2ft-default",
+        "--development", "perk", "--subjects", "mittens", "--trials", "1", "--seeds", "1", "--steps", "2",
+        "--batch", "1", "--images_per_prompt", "2", "--drift_images", "1", "--sampling_steps", "1", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    """A finished comparison of the smallest size."""
+    folder = tmp_path_factory.mktemp("compare")
+    assert main(arguments(folder)) == 0
+    return folder
+
+
+def test_compare_writes_what_it_promises(compared) -> None:
+    found = json.loads((compared / "compare.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["base", "lora", "s2ft-default"]
+    for row in found["rows"][1:]:
+        assert set(row) >= {"trainable", "share", "bytes", "seconds", "peak_mb"}
+        for metric in ("dino", "clip_i", "clip_t", "lpips", "drift"):
+            assert set(row[metric]) == {"mean", "stderr"}
+        assert 0 < row["share"] < 0.03
+    assert found["rows"][0]["drift"]["mean"] == 0
+    assert {(p["a"], p["b"]) for p in found["paired"]} == {("lora", "s2ft-default")}
+    assert {p["n"] for p in found["paired"]} == {1}
+    assert set(found["rates"]) == {"lora", "s2ft-default"}
+    assert found["failed"] == []
+    table = (compared / "compare.md").read_text()
+    assert "| S²FT, default |" in table
+    assert "toybox (unweighted" in table
+    for name in ("bars", "tradeoff", "losses", "sheet-mittens"):
+        with Image.open(compared / f"{name}.png") as image:
+            assert min(image.size) > 200
+    kept = compared / "cells" / "s2ft-default"
+    assert len(list(kept.rglob("weights.safetensors"))) == 2  # a development subject and another
+    assert len(list(kept.rglob("*.png"))) == 2 * (14 * 2 + 8)
+
+
+def test_compare_goes_on_where_it_stopped(compared, capsys) -> None:
+    results = sorted(compared.rglob("cell.json"))
+    times = {path: path.stat().st_mtime_ns for path in results}
+    lost = next(path for path in results if "mittens" in str(path) and "lora" in str(path))
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    assert main(arguments(compared)) == 0
+    again = json.loads(lost.read_text())
+    for key in ("scores", "losses", "trainable", "bytes", "rate"):
+        assert again[key] == before[key]
+    assert [path for path in results if path.stat().st_mtime_ns != times[path]] == [lost]
+    assert main(arguments(compared, "--steps", "3")) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_failed_cell_is_reported_left_out_and_tried_again(compared, monkeypatch, capsys) -> None:
+    extra = arguments(compared, "--seeds", "2")
+    train = cells.train
+
+    def failing(method, rate, run, device):
+        if method.name == "lora":
+            raise RuntimeError("out of luck")
+        return train(method, rate, run, device)
+
+    monkeypatch.setattr(cells, "train", failing)
+    assert main(extra) == 0
+    said = capsys.readouterr()
+    assert "failed, to be tried again by the next call: lora at" in said.err
+    assert "out of luck" in said.err
+    found = json.loads((compared / "compare.json").read_text())
+    assert len(found["failed"]) == 1
+    assert [row["cells"] for row in found["rows"]] == [1, 1, 2]
+    assert "1 trainings failed" in (compared / "compare.md").read_text()
+    monkeypatch.undo()
+    assert main(extra) == 0
+    found = json.loads((compared / "compare.json").read_text())
+    assert found["failed"] == []
+    assert [row["cells"] for row in found["rows"]] == [1, 2, 2]
+    assert not list(compared.rglob("failure.txt"))
+
+
+def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    found = []
+    for processes in ("1", "2"):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
+        command = [*launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "eval"]
+        options = arguments(tmp_path / processes, "--methods", "s2ft-default")
+        subprocess.run([*command, *options], check=True, env=environment, cwd=ROOT)
+        report = json.loads((tmp_path / processes / "compare.json").read_text())
+        found.append([(c["method"], c["subject"], c["trainable"], c["bytes"], c["scores"]) for c in report["cells"]])
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--subjects", "nobody"], "no subject 'nobody'"),
+        (["--subjects", "perk"], "other subjects"),
+        (["--trials", "0"], "at least 1"),
+        (["--subjects_dir", "/no/such"], "no such folder"),
+        (["--n_frequency", "many"], "--n_frequency"),
+    ],
+)
+def test_compare_refuses_what_cannot_work(tmp_path, capsys, change, said) -> None:
+    assert main(arguments(tmp_path, *change)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "cells").exists()
+
+
+def test_subjects_of_dreambench_as_distributed(tmp_path, monkeypatch) -> None:
+    from argparse import Namespace
+
+    from eval.compare import find_subjects
+    from s2ft_diffusion.toybox.subjects import write_photos
+
+    for name in ("dog6", "rc_car", "unnamed"):
+        write_photos("mittens", tmp_path / name)
+    (tmp_path / "prompts_and_classes.txt").write_text(
+        "Classes\n\nsubject_name,class\ndog6,dog\nrc_car,toy\n\nPrompts\n\nObject Prompts\n"
+    )
+    args = Namespace(subjects_dir=tmp_path, prompts=None, development=None, subjects=None, output_dir=tmp_path / "out")
+    development, subjects = find_subjects(args)
+    assert [(s.name, s.class_name) for s in (*development, *subjects)] == [("dog6", "dog"), ("rc_car", "toy")]
+
+
+def test_spectrum_reports_and_resumes(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(spectrum, "CHECK_EVERY", 2)
+    few = {name: (kind, 1, start) for name, (kind, _, start) in spectrum.PRIORS.items()}
+    monkeypatch.setattr(spectrum, "PRIORS", few)
+    options = [
+        "spectrum", "--subjects", "mittens", "--truth_steps", "4", "--device", "cpu", "--output_dir", str(tmp_path),
+        "--adapter", str(ROOT / "app" / "adapters" / "mittens.safetensors"),
+    ]  # fmt: skip
+    assert main(options) == 0
+    report = json.loads((tmp_path / "spectrum.json").read_text())
+    rows = {row["construction"]: row for row in report["rows"]}
+    paper = rows["paper: nearest neighbour, real"]
+    assert paper["sampled_to_paper"] == pytest.approx(1.0)
+    assert paper["objective"]["mean"] < rows["no rearrangement"]["objective"]["mean"]
+    oracle = rows["default, ordered by the true change"]
+    assert oracle["top"]["mean"] == max(row["top"]["mean"] for row in rows.values())
+    assert all(0 < row[key]["mean"] < 1 for row in rows.values() for key in ("sampled", "top"))
+    assert 0 < report["adapter"]["reached"] <= 1
+    assert len(report["layers"]["mittens"]["+ complex"]["top"]) == 28
+    assert (tmp_path / "spectrum.png").exists()
+    assert "| + complex |" in (tmp_path / "spectrum.md").read_text()
+    before = (tmp_path / "mittens.json").stat().st_mtime_ns
+    assert main(options) == 0
+    assert (tmp_path / "mittens.json").stat().st_mtime_ns == before
+    assert main([*options, "--truth_steps", "1"]) == 2
+    assert "--truth_steps" in capsys.readouterr().err
