@@ -25,7 +25,7 @@ from .generation import Sampling, claim
 from .methods import BASE, METHODS, Method
 from .plots import plot_bars, plot_losses, plot_sheet, plot_tradeoff
 from .prompts import read_classes
-from .rates import next_rate
+from .rates import best_rate, next_rate
 from .score import add_encoder_arguments, encoders_for
 from .statistics import mean_and_error, paired_difference
 
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for method, rate in rates.items():
             found = [(cell(method, rate, s, 0), cell(BASE, 0.0, s, 0)) for s in development]
             trials[method.name][rate] = statistics.fmean(merit(*pair) for pair in found)
-    chosen = {m.name: max(trials[m.name], key=trials[m.name].__getitem__) for m in methods}
+    chosen = {m.name: best_rate(trials[m.name]) for m in methods}
     cells = [cell(m, chosen[m.name], s, n) for n in range(args.seeds) for s in subjects for m in methods]
     failed += laboratory.make_all(cells, report)
     if not first:

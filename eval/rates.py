@@ -16,9 +16,14 @@ def next_rate(start: float, tried: Mapping[float, float]) -> float:
     """
     if not tried:
         return start
-    best = max(tried, key=lambda rate: tried[rate])
+    best = best_rate(tried)
     for step in (STEP, math.sqrt(STEP)):
         for candidate in (best / step, best * step):
             if not any(math.isclose(candidate, rate, rel_tol=0.01) for rate in tried):
                 return candidate
     raise ValueError(f"There is nothing left to try around {best:g}.")
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The rate with the highest score; of equals the lowest, since what fails fails for rates that are too high."""
+    return max(tried, key=lambda rate: (tried[rate], -rate))

@@ -18,7 +18,7 @@ pytest.importorskip("open_clip")
 from eval import cells, spectrum
 from eval.__main__ import main
 from eval.methods import LORA_NUMBERS, METHODS, Method, lora_rank, numbers, peft_config
-from eval.rates import STEP, next_rate
+from eval.rates import STEP, best_rate, next_rate
 from eval.statistics import mean_and_error, paired_difference
 from eval.training import peak_memory
 from s2ft_diffusion.attention import attention_targets
@@ -38,7 +38,7 @@ def search(score, start: float, trials: int) -> dict[float, float]:
 def test_the_search_for_a_rate_passes_the_optimum(optimum) -> None:
     tried = search(lambda rate: -abs(math.log(rate / optimum)), 1e-3, 5)
     assert len(tried) == 5
-    best = max(tried, key=tried.__getitem__)
+    best = best_rate(tried)
     assert abs(math.log10(best / optimum)) <= 0.25 + 1e-6
     assert min(tried) < optimum * 1.01
     assert max(tried) > optimum * 0.99
@@ -46,7 +46,7 @@ def test_the_search_for_a_rate_passes_the_optimum(optimum) -> None:
 
 def test_a_rate_that_fails_is_gone_away_from() -> None:
     tried = search(lambda rate: float("-inf") if rate > 2e-3 else rate, 1e-2, 3)
-    assert max(tried, key=tried.__getitem__) == pytest.approx(1e-2 / STEP / STEP)
+    assert best_rate(tried) == pytest.approx(1e-2 / STEP / STEP)
 
 
 def test_means_and_paired_differences() -> None:
