@@ -1,4 +1,4 @@
-"""`python -m eval score`, `compare` and `spectrum`, alone or under `accelerate launch -m eval ...`."""
+"""`python -m eval score`, `compare`, `spectrum` and `ablation`, alone or under `accelerate launch -m eval ...`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import compare, score, spectrum
+from . import ablation, compare, score, spectrum
 from .encoders import EncoderError
 
-COMMANDS = {"score": score, "compare": compare, "spectrum": spectrum}
+COMMANDS = {"score": score, "compare": compare, "spectrum": spectrum, "ablation": ablation}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,62 +19,17 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.images import find_images, load_image
 
 from .encoders import Encoders
-from .generation import Sampling, load_pipeline, make_images, read_images
+from .generation import load_pipeline, make_images, read_images
 from .methods import BASE, Method
-from .prompts import Prompt, drift_prompts, read_templates, toybox_templates
+from .prompts import drift_prompts
+from .protocol import Protocol, Subject
 from .scores import add_drift, score_images, score_real
-from .training import Run, train
+from .training import train
 
 logger = logging.getLogger(__name__)
 RESULT, FAILURE = "cell.json", "failure.txt"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Whose photos are learned: the folder they lie in, and the class."""
-
-    name: str
-    class_name: str
-    photos: Path
-
-    def real(self) -> list[Image.Image]:
-        """Its photos."""
-        return [load_image(path) for path in find_images(self.photos)]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What all cells of a comparison share."""
-
-    base: str
-    token: str
-    n_frequency: int | float
-    targets: str
-    steps: int
-    batch: int
-    resolution: int | None
-    prompt_file: str | None
-    images_per_prompt: int
-    drift_images: int
-    sampling: Sampling
-    encoders: tuple[tuple[str, str], ...]
-
-    def prompts(self, subject: Subject) -> list[Prompt]:
-        """The prompts that a subject is pictured under."""
-        file = self.prompt_file
-        templates = read_templates(Path(file), subject.class_name) if file else toybox_templates()
-        return list(dict.fromkeys(Prompt.fill(t, self.token, subject.class_name) for t in templates))
-
-    def run(self, subject: Subject, seed: int) -> Run:
-        """The training run of a subject and a seed."""
-        prompt = f"a photo of {self.token} {subject.class_name}"
-        return Run(
-            self.base, subject.photos, prompt, seed, self.n_frequency, self.targets, self.steps, self.batch,
-            self.resolution,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)

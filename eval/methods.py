@@ -45,6 +45,8 @@ class Method:
         args = parse_arguments(["--instance_dir", "photos", *self.flags])
         config = s2ft_config(args, ["any"])
         options = {name: getattr(config, name) for name in S2FT_OPTIONS if name != "n_frequency"}
+        if args.n_frequency is not None:  # its own size instead of the comparison's
+            options["n_frequency"] = args.n_frequency
         return {"kind": self.kind, **options, **{name: getattr(args, name) for name in ESTIMATE}}
 
 

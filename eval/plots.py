@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 if TYPE_CHECKING:
-    from .cells import Cell, Protocol, Subject
+    from .cells import Cell
     from .methods import Method
+    from .protocol import Protocol, Subject
 
 TITLES = {
     "dino": "DINO (higher is better)", "clip_i": "CLIP-I (higher is better)", "clip_t": "CLIP-T (higher is better)",

@@ -30,11 +30,10 @@ from s2ft_diffusion.spectrum import delta_weight, index_spectrum
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 
 from . import energy
-from .cells import Subject
-from .compare import add_subject_arguments, amount, find_subjects
 from .constructions import PRIORS, Construction, constructions
 from .generation import claim
 from .plots import plot_spectrum
+from .protocol import Subject, add_subject_arguments, amount, find_subjects
 from .statistics import mean_and_error
 from .training import Run, Session
 

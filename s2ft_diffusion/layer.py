@@ -148,6 +148,7 @@ class S2FTLayer(BaseTunerLayer):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"S2FT adapts torch.nn.Linear, not {type(linear).__name__}.")
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self._shape = (linear.out_features, linear.in_features)  # one object for all adapters: there may be a hundred
         self.s2ft_delta = nn.ModuleDict()
         self.s2ft_config: dict[str, S2FTConfig] = {}
         self.s2ft_scaling: dict[str, float] = {}
@@ -168,7 +169,7 @@ class S2FTLayer(BaseTunerLayer):
 
         With the config's `inference_mode`, positions are left to whoever loads the adapter's state.
         """
-        shape = (self.out_features, self.in_features)
+        shape = self._shape
         try:
             count = count_positions(n_frequency, shape, config.coefficients)
         except ValueError as error:
@@ -334,7 +335,7 @@ class S2FTLinear(nn.Module, S2FTLayer):
         if not adapter_names:
             return
         weight = self.get_base_layer().weight
-        full = weight.dtype.is_floating_point and weight.shape == (self.out_features, self.in_features)
+        full = weight.dtype.is_floating_point and weight.shape == self._shape
         if not full or type(weight.data) is not torch.Tensor:
             kind = weight.dtype if type(weight.data) is torch.Tensor else type(weight.data).__name__
             raise TypeError(f"An S2FT adapter cannot be fused into a {kind} weight; use it unfused.")

@@ -15,7 +15,7 @@ from PIL import Image
 
 pytest.importorskip("open_clip")
 
-from eval import cells, spectrum
+from eval import ablation, cells, spectrum
 from eval.__main__ import main
 from eval.methods import LORA_NUMBERS, METHODS, Method, lora_rank, numbers, peft_config
 from eval.rates import STEP, best_rate, next_rate
@@ -221,7 +221,7 @@ def test_compare_refuses_what_cannot_work(tmp_path, capsys, change, said) -> Non
 def test_subjects_of_dreambench_as_distributed(tmp_path, monkeypatch) -> None:
     from argparse import Namespace
 
-    from eval.compare import find_subjects
+    from eval.protocol import find_subjects
     from s2ft_diffusion.toybox.subjects import write_photos
 
     for name in ("dog6", "rc_car", "unnamed"):
@@ -232,6 +232,25 @@ def test_subjects_of_dreambench_as_distributed(tmp_path, monkeypatch) -> None:
     args = Namespace(subjects_dir=tmp_path, prompts=None, development=None, subjects=None, output_dir=tmp_path / "out")
     development, subjects = find_subjects(args)
     assert [(s.name, s.class_name) for s in (*development, *subjects)] == [("dog6", "dog"), ("rc_car", "toy")]
+
+
+def test_every_variant_of_the_ablation_is_one_of_its_own() -> None:
+    definitions = [json.dumps(variant.definition()) for variant in ablation.methods(list(ablation.VARIANTS))]
+    assert len(set(definitions)) == len(definitions) > 20
+
+
+def test_ablation_reports(tmp_path) -> None:
+    options = [
+        "ablation", "--groups", "coefficients", "--subjects", "mittens", "--seeds", "1", "--steps", "2", "--batch",
+        "1", "--images_per_prompt", "2", "--drift_images", "1", "--sampling_steps", "1", "--device", "cpu",
+        "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    assert main(options) == 0
+    report = json.loads((tmp_path / "ablation.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["base", "ablation-default", "coefficients-real"]
+    assert report["rows"][1]["trainable"] == pytest.approx(report["rows"][2]["trainable"], rel=2e-3)
+    assert {(p["a"], p["b"]) for p in report["paired"]} == {("ablation-default", "coefficients-real")}
+    assert "| coefficients: real |" in (tmp_path / "ablation.md").read_text()
 
 
 def test_spectrum_reports_and_resumes(tmp_path, monkeypatch, capsys) -> None:

@@ -1,0 +1,183 @@
+"""What the trainings of a comparison share: subjects, settings, and the arguments that say them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import find_images, load_image
+from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
+from s2ft_diffusion.toybox.subjects import SUBJECTS, write_photos
+
+from .generation import Sampling
+from .prompts import Prompt, read_classes, read_templates, toybox_templates
+from .score import add_encoder_arguments
+from .training import Run
+
+DEVELOPMENT = ("perk", "trek")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose photos are learned: the folder they lie in, and the class."""
+
+    name: str
+    class_name: str
+    photos: Path
+
+    def real(self) -> list[Image.Image]:
+        """Its photos."""
+        return [load_image(path) for path in find_images(self.photos)]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all cells of a comparison share."""
+
+    base: str
+    token: str
+    n_frequency: int | float
+    targets: str
+    steps: int
+    batch: int
+    resolution: int | None
+    prompt_file: str | None
+    images_per_prompt: int
+    drift_images: int
+    sampling: Sampling
+    encoders: tuple[tuple[str, str], ...]
+
+    def prompts(self, subject: Subject) -> list[Prompt]:
+        """The prompts that a subject is pictured under."""
+        file = self.prompt_file
+        templates = read_templates(Path(file), subject.class_name) if file else toybox_templates()
+        return list(dict.fromkeys(Prompt.fill(t, self.token, subject.class_name) for t in templates))
+
+    def run(self, subject: Subject, seed: int) -> Run:
+        """The training run of a subject and a seed."""
+        prompt = f"a photo of {self.token} {subject.class_name}"
+        return Run(
+            self.base, subject.photos, prompt, seed, self.n_frequency, self.targets, self.steps, self.batch,
+            self.resolution,
+        )  # fmt: skip
+
+
+def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """What every comparison by trained cells takes."""
+    add = parser.add_argument
+    add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
+    add_subject_arguments(parser)
+    add("--seeds", type=int, default=2, help="trainings on every subject")
+    add("--n_frequency", default="0.02", help="S²FT's numbers a layer, or a share; the other sizes follow from it")
+    add("--targets", choices=("qv", "attention"), default="qv")
+    add("--steps", type=int, default=300, help="training steps")
+    add("--batch", type=int, default=4, help="images a training step")
+    add("--resolution", type=int, help="by default the base's own")
+    add("--token", default=UNSEEN_TOKEN, help="the unique token")
+    add("--images_per_prompt", type=int, default=4)
+    add("--drift_images", type=int, default=2, help="images a prompt that does not name the subject")
+    add("--sampling_steps", type=int, default=20)
+    add("--guidance", type=float, help="by default 4 for toybox, 7.5 else")
+    add("--output_dir", type=Path, default=Path(output_dir))
+    add_encoder_arguments(parser)
+
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--subjects_dir", type=Path, help="a folder of photos for each subject; by default the toybox's subjects")
+    add("--prompts", type=Path, help="DreamBench's prompts_and_classes.txt; by default the one in --subjects_dir")
+    add("--development", nargs="+", help="subjects to choose on, learning rates for example")
+    add("--subjects", nargs="+", help="subjects to report on; by default all others")
+
+
+def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject]]:
+    """The development subjects and those to compare on. Raises InputError for names that are not there."""
+    if args.subjects_dir is None:
+        folder = args.output_dir / "subjects"
+        known = {}
+        for name, subject in SUBJECTS.items():
+            if not (folder / name).exists():
+                temporary = folder / f".{name}-{os.getpid()}"
+                write_photos(name, temporary)
+                try:
+                    temporary.rename(folder / name)
+                except OSError:  # another process was faster
+                    for path in temporary.iterdir():
+                        path.unlink()
+                    temporary.rmdir()
+            known[name] = Subject(name, subject.kind, folder / name)
+    else:
+        if not args.subjects_dir.is_dir():
+            raise InputError(f"--subjects_dir {args.subjects_dir}: there is no such folder.")
+        args.prompts = args.prompts or args.subjects_dir / "prompts_and_classes.txt"
+        classes = read_classes(args.prompts)
+        known = {
+            path.name: Subject(path.name, classes[path.name], path)
+            for path in sorted(args.subjects_dir.iterdir())
+            if path.is_dir() and path.name in classes
+        }
+        for subject in known.values():
+            find_images(subject.photos)
+        if len(known) < 2:
+            raise InputError(f"{args.subjects_dir}: fewer than two folders are named as subjects of {args.prompts}.")
+    default = list(DEVELOPMENT) if args.subjects_dir is None else list(known)[:1]
+    development = args.development or default
+    subjects = args.subjects or [name for name in known if name not in development]
+    for name in (*development, *subjects):
+        if name not in known:
+            raise InputError(f"There is no subject {name!r}; there are {', '.join(known)}.")
+    if both := set(development) & set(subjects):
+        raise InputError(f"Learning rates must be chosen on other subjects than are compared: {sorted(both)}.")
+    return [known[name] for name in development], [known[name] for name in subjects]
+
+
+def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protocol:
+    """What all cells share, from the arguments. Raises InputError for counts below one."""
+    for name in ("seeds", "steps", "batch", "images_per_prompt", "drift_images", "sampling_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    toy = args.base == "toybox"
+    guidance = args.guidance if args.guidance is not None else 4.0 if toy else 7.5
+    return Protocol(
+        base=args.base,
+        token=args.token,
+        n_frequency=amount(args.n_frequency),
+        targets=args.targets,
+        steps=args.steps,
+        batch=args.batch,
+        resolution=args.resolution,
+        prompt_file=str(args.prompts) if args.prompts else None,
+        images_per_prompt=args.images_per_prompt,
+        drift_images=args.drift_images,
+        sampling=Sampling(args.sampling_steps, guidance, args.resolution),
+        encoders=tuple(encoders.items()),
+    )
+
+
+def amount(text: str) -> int | float:
+    """Numbers a layer: a count, or a share of d * k below 1. Raises InputError for anything else."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise InputError(f"--n_frequency must be a count or a share such as 0.02, got {text!r}.") from None
+
+
+def work_alone(args: argparse.Namespace) -> bool:
+    """Take this process out of the group that `accelerate launch` would make of it; whether it is the first one.
+
+    Each training is one process's own: its gradients must not be summed with those of another training. On GPUs each
+    process takes its own one.
+    """
+    first = int(os.environ.pop("RANK", "0")) == 0
+    local = os.environ.pop("LOCAL_RANK", None)
+    os.environ.pop("WORLD_SIZE", None)
+    if args.device == "cuda" and local is not None:
+        args.device = f"cuda:{local}"
+        torch.cuda.set_device(args.device)
+    return first
