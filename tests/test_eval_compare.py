@@ -189,17 +189,22 @@ def test_a_failed_cell_is_reported_left_out_and_tried_again(compared, monkeypatc
 
 
 def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    method = ["--methods", "s2ft-default"]
+    command = [sys.executable, "-m", "eval", *arguments(alone, *method)]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/two_evaluations.py"]
+    subprocess.run([*command, str(tmp_path), *arguments(shared, *method)], check=True, env=environment, cwd=ROOT)
     found = []
-    for processes in ("1", "2"):
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
-        command = [*launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "eval"]
-        options = arguments(tmp_path / processes, "--methods", "s2ft-default")
-        subprocess.run([*command, *options], check=True, env=environment, cwd=ROOT)
-        report = json.loads((tmp_path / processes / "compare.json").read_text())
-        found.append([(c["method"], c["subject"], c["trainable"], c["bytes"], c["scores"]) for c in report["cells"]])
+    for folder in (alone, shared):
+        cells_made = json.loads((folder / "compare.json").read_text())["cells"]
+        found.append([(c["method"], c["subject"], c["trainable"], c["bytes"], c["scores"]) for c in cells_made])
     assert found[0] == found[1]
     assert len(found[0]) == 2
+    made = [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    assert sum(made) == 4 * (14 * 2 + 8)  # two bases, a trial, a training
+    assert min(made) > 0
 
 
 @pytest.mark.parametrize(

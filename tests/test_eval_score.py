@@ -123,16 +123,18 @@ def test_scores_an_adapter_and_goes_on_where_it_stopped(tmp_path, capsys) -> Non
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     options = arguments(tmp_path)
-    found = []
-    for processes in ("1", "2"):
-        out = str(tmp_path / f"out-{processes}")
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
-        command = [*launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "eval"]
-        subprocess.run([*command, *options, "--output_dir", out], check=True, env=environment, cwd=ROOT)
-        found.append(json.loads((Path(out) / "scores.json").read_text()))
-    assert found[0] == found[1]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    command = [sys.executable, "-m", "eval", *options, "--output_dir", str(alone)]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/two_evaluations.py"]
+    command += [str(tmp_path), *options, "--output_dir", str(shared)]
+    subprocess.run(command, check=True, env=environment, cwd=ROOT)
+    assert (shared / "scores.json").read_text() == (alone / "scores.json").read_text()
+    made = [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
+    assert sum(made) == 2 * 2 + 2 * 8 * 2
+    assert abs(made[0] - made[1]) <= 3
 
 
 @pytest.mark.parametrize(
