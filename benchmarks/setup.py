@@ -3,7 +3,7 @@
     python -m benchmarks.setup --shape sd15 --json docs/results/setup.json
     python -m benchmarks.setup --growth --json docs/results/setup.json
 
-The first times one gradient of the estimate and a training step beside it, and from a prior of one gradient the search
+The first times a gradient of the estimate and a training step beside it, and from its prior the search
 for orders and the sampling, for both presets and both choices of layers. The last column is the whole set-up as a share
 of a default training run: `--draws` gradients of each of five photos against `--steps` steps. `--growth` goes over
 sizes of one layer and numbers in it instead.
@@ -27,6 +27,7 @@ from .measure import alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights
 
 PHOTOS = 5
+GRADIENTS = 2  # that an estimate is timed over
 
 
 def main() -> None:
@@ -43,9 +44,9 @@ def main() -> None:
     args.pixels = args.pixels or SHAPES[args.shape].pixels
     base = build(args.shape, args.device)
     batch = inputs(args.shape, 1, args.pixels, args.device, torch.float32)
-    defaults = parse_arguments(["--instance_dir", "photos", "--pretrained_model_name_or_path", "any"])
     rows = []
     for preset in ("paper", "default"):
+        defaults = parse_arguments(["--instance_dir", "photos", "--preset", preset])
         for targets in ("qv", "attention"):
             model = sharing_weights(base)
             config = S2FTConfig.from_preset(
@@ -64,13 +65,15 @@ def main() -> None:
 
             priors: list[dict[str, torch.Tensor]] = []
 
-            def estimate(model=model, loss=loss, priors=priors) -> None:
-                priors[:] = [estimate_prior(model, loss, [batch], estimate="normalized")]
+            def estimate(model=model, loss=loss, priors=priors, defaults=defaults) -> None:
+                batches = [batch] * GRADIENTS
+                priors[:] = [estimate_prior(model, loss, batches, estimate=defaults.estimate)]
 
             seconds = medians(alternate({"estimate": estimate, "step": step}, args.rounds))
             seconds |= medians(
                 alternate({"place": lambda m=model, p=priors: place_from_prior(m, p[0])}, args.rounds, 0)
             )
+            seconds["estimate"] /= GRADIENTS
             setup = PHOTOS * defaults.estimate_draws * seconds["estimate"] + seconds["place"]
             rows.append(
                 {
@@ -107,7 +110,7 @@ def growth(rounds: int) -> list[dict]:
                 latent = found.invert(prior)
                 begun = time.perf_counter()
                 count = n // 2 if config.coefficients == "complex" else n
-                sample_positions(count, (d, k), kind=config.coefficients, sampling="power", latent=latent)
+                sample_positions(count, (d, k), kind=config.coefficients, sampling=config.sampling, latent=latent)
                 sampling.append(time.perf_counter() - begun)
             row |= {f"{preset} rearrange, s": min(searching), f"{preset} sample, s": min(sampling)}
         rows.append(row)

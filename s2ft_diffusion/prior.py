@@ -214,7 +214,8 @@ def _estimate_by_training(
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     change = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    optimizer = torch.optim.AdamW(change.values(), lr=learning_rate, weight_decay=0.0)
+    fused = all(matrix.device.type in ("cpu", "cuda") for matrix in change.values())  # a third of the time
+    optimizer = torch.optim.AdamW(change.values(), lr=learning_rate, weight_decay=0.0, fused=fused)
     try:
         for batch in batches:
             _backward(loss, batch)
@@ -222,11 +223,12 @@ def _estimate_by_training(
                 change[name].grad = torch.zeros_like(change[name]) if weight.grad is None else weight.grad.float()
                 weight.grad = None
                 _sum_over_processes(change[name].grad)
-                change[name].grad.div_(dist.get_world_size() if _distributed() else 1)
+                if _distributed():
+                    change[name].grad.div_(dist.get_world_size())
             optimizer.step()
             with torch.no_grad():
                 for name, weight in weights.items():
-                    weight.copy_(start[name].float() + change[name])
+                    weight.copy_(start[name] + change[name])  # in float32, whatever the weight's type
     finally:
         with torch.no_grad():
             for name, weight in weights.items():

@@ -193,12 +193,13 @@ def sample_positions(
     """
     d, k = shape
     u = torch.arange(d)[:, None]
-    half = kind == "complex" or (sampling == "top" and 2 * count <= d * k)
+    half = kind == "complex" or (sampling == "top" and count <= distinct_positions(shape, "complex"))
     v = torch.arange(k // 2 + 1 if half else k)
     if sampling in ("power", "top"):
         if latent is None:
             raise ValueError(f'sampling="{sampling}" needs the rearranged prior.')
-        amplitude = _amplitude(latent, half=half, top=sampling == "top", real=kind == "real")
+        averaged = sampling == "top" and half
+        amplitude = _averaged_amplitude(latent, kind) if averaged else _amplitude(latent, half=half)
         if not torch.isfinite(amplitude).all():
             raise ValueError(f"The prior of {name} has NaN or infinite entries.")
         log_weight = amplitude.log_().mul_(gamma) if gamma else torch.where(amplitude > 0, 0.0, -math.inf)
@@ -207,44 +208,52 @@ def sample_positions(
         log_weight = -distance / (2 * LOW_FREQUENCY_WIDTH**2)
     else:
         log_weight = torch.zeros(len(u), len(v))
-    race = -torch.empty(log_weight.shape).exponential_(generator=generator).log_()
-    if sampling == "top":
-        race[torch.isfinite(log_weight)] = 0.0
     if half:  # in columns that are their own mirrors, half of the places mirror the other half
-        for column in {0, *([k // 2] if k % 2 == 0 else [])}:
-            race[d // 2 + 1 :, column] = log_weight[d // 2 + 1 :, column] = -math.inf
+        taken = torch.zeros(log_weight.shape, dtype=torch.bool)
+        taken[d // 2 + 1 :, [0, *([k // 2] if k % 2 == 0 else [])]] = True
+        log_weight[taken] = -math.inf
     possible = int(torch.isfinite(log_weight).sum())
-    if possible < count:
-        warnings.warn(
-            f"The prior of {name} has {possible} nonzero spectrum positions, {count} are wanted: "
-            "the rest is drawn uniformly.",
-            stacklevel=2,
-        )
-        race = torch.where(torch.isfinite(log_weight), race + 1e4, race)  # those with a probability come first
+    if sampling == "top" and possible >= count:
+        race = log_weight
     else:
-        race += log_weight
+        race = -torch.empty(log_weight.shape).exponential_(generator=generator).log_()
+        if possible >= count:
+            race += log_weight
+        else:
+            warnings.warn(
+                f"The prior of {name} has {possible} nonzero spectrum positions, {count} are wanted: "
+                "the rest is drawn uniformly.",
+                stacklevel=2,
+            )
+            race = torch.where(torch.isfinite(log_weight), race + 1e4, race)  # those with a probability come first
+        if half:
+            race[taken] = -math.inf
     chosen = torch.topk(race.flatten(), count, sorted=False).indices.sort().values
     return torch.stack([chosen // len(v), chosen % len(v)], dim=1).int()
 
 
-def _amplitude(latent: torch.Tensor, *, half: bool, top: bool, real: bool) -> torch.Tensor:
-    """|DFT2(latent)| in float32 and relative to the largest, of the half plane (d, k // 2 + 1) or of the full one
-    (d, k), as `sample_positions` wants it for "top"; rounding noise counts as zero."""
+def _amplitude(latent: torch.Tensor, *, half: bool) -> torch.Tensor:
+    """|DFT2(latent)| in float32, relative to the largest, of the half plane (d, k // 2 + 1) or, of the full one (d, k);
+    rounding noise counts as zero."""
     latent = latent.detach().to("cpu", torch.float32)
-    if top:
-        spectrum = torch.fft.fft2(latent)
-        amplitude = _averaged((spectrum.real if real else spectrum.abs()).square()).sqrt_()
-        amplitude = amplitude[:, : latent.shape[1] // 2 + 1].contiguous() if half else amplitude
-    else:
-        amplitude = (torch.fft.rfft2(latent) if half else torch.fft.fft2(latent)).abs()
+    return _relative((torch.fft.rfft2(latent) if half else torch.fft.fft2(latent)).abs())
+
+
+def _averaged_amplitude(latent: torch.Tensor, kind: CoefficientKind) -> torch.Tensor:
+    """What coefficients of a kind reach at each position of the half plane (d, k // 2 + 1), the squares averaged with
+    their neighbours' by the binomial weights 1, 2, 1 in each direction; relative to the largest."""
+    latent = latent.detach().to("cpu", torch.float32)
+    spectrum = torch.fft.rfft2(latent)
+    power = (spectrum.real if kind == "real" else spectrum.abs()).square()
+    power = 0.5 * power + 0.25 * (power.roll(1, 0) + power.roll(-1, 0))
+    beyond = power[:, -2 if latent.shape[1] % 2 == 0 else -1]  # its mirror is the first column of the other half
+    left, right = (column.flip(0).roll(1, 0)[:, None] for column in (power[:, 1 % power.shape[1]], beyond))
+    around = torch.cat([left, power[:, :-1]], dim=1) + torch.cat([power[:, 1:], right], dim=1)
+    return _relative((0.5 * power + 0.25 * around).sqrt_())
+
+
+def _relative(amplitude: torch.Tensor) -> torch.Tensor:
     largest = float(amplitude.max())
     if largest == 0.0 or not math.isfinite(largest):
         return amplitude
     return torch.nn.functional.threshold(amplitude.div_(largest), 1e-6, 0.0)
-
-
-def _averaged(power: torch.Tensor) -> torch.Tensor:
-    """A periodic (d, k) matrix averaged with its neighbours by the binomial weights 1, 2, 1 in each direction."""
-    for dim in (0, 1):
-        power = 0.5 * power + 0.25 * (power.roll(1, dim) + power.roll(-1, dim))
-    return power
