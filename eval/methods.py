@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from diffusers import UNet2DConditionModel
@@ -40,14 +41,17 @@ class Method:
 
     def definition(self) -> dict[str, Any]:
         """What the method is at this moment, presets resolved: results of another definition are no results of it."""
-        if self.kind != "s2ft":
-            return {"kind": self.kind}
-        args = parse_arguments(["--instance_dir", "photos", *self.flags])
-        config = s2ft_config(args, ["any"])
-        options = {name: getattr(config, name) for name in S2FT_OPTIONS if name != "n_frequency"}
-        if args.n_frequency is not None:  # its own size instead of the comparison's
-            options["n_frequency"] = args.n_frequency
-        return {"kind": self.kind, **options, **{name: getattr(args, name) for name in ESTIMATE}}
+        return {"kind": self.kind, **(_options(self.flags) if self.kind == "s2ft" else {})}
+
+
+@cache
+def _options(flags: tuple[str, ...]) -> dict[str, Any]:
+    args = parse_arguments(["--instance_dir", "photos", *flags])
+    config = s2ft_config(args, ["any"])
+    options = {name: getattr(config, name) for name in S2FT_OPTIONS if name != "n_frequency"}
+    if args.n_frequency is not None:  # its own size instead of the comparison's
+        options["n_frequency"] = args.n_frequency
+    return {**options, **{name: getattr(args, name) for name in ESTIMATE}}
 
 
 BASE = Method("base", "base, nothing trained", "base")
