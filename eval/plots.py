@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,7 +108,7 @@ def plot_sheet(subject: Subject, cells: Sequence[Cell], protocol: Protocol, path
                 cell_axes.imshow(images[i], interpolation="nearest")
         axes[0].set_ylabel(title, fontsize=8)
     for axes, prompt in zip(grid[min(1, len(rows) - 1)], prompts, strict=True):
-        axes.set_title(prompt.text.removeprefix("a photo of "), fontsize=6, wrap=True)
+        axes.set_title("\n".join(wrap(prompt.text.removeprefix("a photo of "), 22)), fontsize=6)
     figure.savefig(path, dpi=110)
 
 
