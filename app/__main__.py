@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     from .server import launch  # after --help: this imports torch
 
+    for number in (signal.SIGINT, signal.SIGTERM):  # a service manager's way of saying Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         launch(args)
     except OSError as error:
