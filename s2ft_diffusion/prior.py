@@ -214,7 +214,7 @@ def _estimate_by_training(
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     change = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    fused = all(matrix.device.type in ("cpu", "cuda") for matrix in change.values())  # a third of the time
+    fused = all(matrix.device.type in ("cpu", "cuda") for matrix in change.values())
     optimizer = torch.optim.AdamW(change.values(), lr=learning_rate, weight_decay=0.0, fused=fused)
     try:
         for batch in batches:
