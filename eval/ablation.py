@@ -14,11 +14,9 @@ from typing import Any
 
 from s2ft_diffusion.dreambooth.errors import InputError
 
-from .cells import Cell, Laboratory
-from .generation import claim
+from .cells import Cell, open_laboratory
 from .methods import BASE, Method
-from .protocol import add_protocol_arguments, find_subjects, make_protocol, work_alone
-from .score import encoders_for
+from .protocol import add_protocol_arguments, find_subjects, work_alone
 from .table import markdown, summarize
 
 # Group, then each variant's flags for the trainer, on top of the default preset.
@@ -77,17 +75,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.learning_rate > 0:
         raise InputError(f"--learning_rate must be above 0, got {args.learning_rate}.")
     _, subjects = find_subjects(args)
-    encoders = encoders_for(args)
-    protocol = make_protocol(args, encoders.names)
-    claim(args.output_dir, json.loads(json.dumps(asdict(protocol))))
-    laboratory = Laboratory(protocol, encoders, args.device)
+    laboratory = open_laboratory(args)
 
-    def report(done: Cell, what: str) -> None:
-        print(f"{done}: {what}", flush=True)
-
-    bases = [Cell(args.output_dir, BASE, 0.0, subject, 0) for subject in subjects]
-    if failed := laboratory.make_all(bases, report):
-        raise RuntimeError(f"{failed[0]} failed: {failed[0].failure()}")
+    bases = laboratory.make_bases(args.output_dir, subjects)
     chosen = methods(args.groups)
     cells = [
         Cell(args.output_dir, method, args.learning_rate, subject, seed)
@@ -95,12 +85,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for subject in subjects
         for method in chosen
     ]
-    failed = laboratory.make_all(cells, report)
+    failed = laboratory.make_all(cells)
     if not first:
         return {}
     found = {
         "command": shlex.join(["python", "-m", "eval", *sys.argv[1:]]),
-        "protocol": asdict(protocol), "subjects": [s.name for s in subjects], "seeds": args.seeds,
+        "protocol": asdict(laboratory.protocol), "subjects": [s.name for s in subjects], "seeds": args.seeds,
         **summarize([BASE, *chosen], [*bases, *cells], beside=DEFAULT.name),
         "rates": {"ablation-default": args.learning_rate},
         "failed": [{"cell": str(c), "error": c.failure()} for c in failed],

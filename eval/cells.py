@@ -6,12 +6,12 @@ Each has a folder of its own with `cell.json`, which is there once all of it is 
 
 from __future__ import annotations
 
+import argparse
 import json
-import logging
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from PIL import Image
 from s2ft_diffusion.dreambooth.errors import InputError
 
 from .encoders import Encoders
-from .generation import load_pipeline, make_images, read_images
+from .generation import claim, load_pipeline, make_images, read_images
 from .methods import BASE, Method
 from .prompts import drift_prompts
-from .protocol import Protocol, Subject
+from .protocol import Protocol, Subject, make_protocol
+from .score import encoders_for
 from .scores import add_drift, score_images, score_real
 from .training import train
 
-logger = logging.getLogger(__name__)
 RESULT, FAILURE = "cell.json", "failure.txt"
 
 
@@ -110,7 +110,14 @@ class Laboratory:
         temporary.replace(cell.folder / RESULT)
         (cell.folder / FAILURE).unlink(missing_ok=True)
 
-    def make_all(self, cells: Sequence[Cell], report: Callable[[Cell, str], None]) -> list[Cell]:
+    def make_bases(self, root: Path, subjects: Sequence[Subject]) -> list[Cell]:
+        """The finished cells of the base itself, beside which all others are scored. Raises RuntimeError."""
+        cells = [Cell(root, BASE, 0.0, subject, 0) for subject in subjects]
+        if failed := self.make_all(cells):
+            raise RuntimeError(f"{failed[0]} failed: {failed[0].failure()}")
+        return cells
+
+    def make_all(self, cells: Sequence[Cell]) -> list[Cell]:
         """Make every cell that is not finished; returns those that failed.
 
         A cell that fails leaves its traceback in its folder and is tried again by the next call. Returns when all are
@@ -124,7 +131,7 @@ class Laboratory:
                     continue
                 if cell.failure(since):
                     failed.append(cell)
-                elif not self._try(cell, since, report):
+                elif not self._try(cell, since):
                     waiting.append(cell)
                 elif cell.result() is None:
                     failed.append(cell)
@@ -133,7 +140,7 @@ class Laboratory:
             open_cells = waiting
         return failed
 
-    def _try(self, cell: Cell, since: float, report: Callable[[Cell, str], None]) -> bool:
+    def _try(self, cell: Cell, since: float) -> bool:
         """Make a cell unless another process is at it; whether it was its turn."""
         cell.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -142,12 +149,12 @@ class Laboratory:
                     return True
                 try:
                     self.make(cell)
-                    report(cell, "done")
+                    print(f"{cell}: done", flush=True)
                 except InputError:
                     raise
                 except Exception as error:
                     (cell.folder / FAILURE).write_text(traceback.format_exc(), encoding="utf-8")
-                    report(cell, f"failed: {error}")
+                    print(f"{cell}: failed: {error}", flush=True)
                 return True
         except Timeout:
             return False
@@ -155,3 +162,14 @@ class Laboratory:
 
 def _images(cell: Cell, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     return [image for prompt in prompts for image in read_images(cell.images, prompt, seeds)]
+
+
+def open_laboratory(args: argparse.Namespace) -> Laboratory:
+    """The laboratory that the arguments ask for; its output folder is claimed for their protocol.
+
+    Raises InputError or EncoderError.
+    """
+    encoders = encoders_for(args)
+    protocol = make_protocol(args, encoders.names)
+    claim(args.output_dir, json.loads(json.dumps(asdict(protocol))))
+    return Laboratory(protocol, encoders, args.device)

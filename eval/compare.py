@@ -13,13 +13,11 @@ from typing import Any
 
 from s2ft_diffusion.dreambooth.errors import InputError
 
-from .cells import Cell, Laboratory
-from .generation import claim
+from .cells import Cell, open_laboratory
 from .methods import BASE, METHODS, Method
 from .plots import plot_bars, plot_losses, plot_sheet, plot_tradeoff
-from .protocol import DEVELOPMENT, Subject, add_protocol_arguments, find_subjects, make_protocol, work_alone
+from .protocol import DEVELOPMENT, Subject, add_protocol_arguments, find_subjects, work_alone
 from .rates import best_rate, next_rate
-from .score import encoders_for
 from .table import markdown, summarize
 
 QUICK = {
@@ -49,39 +47,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.trials < 1:
         raise InputError(f"--trials must be at least 1, got {args.trials}.")
     development, subjects = find_subjects(args)
-    encoders = encoders_for(args)
-    protocol = make_protocol(args, encoders.names)
-    claim(args.output_dir, json.loads(json.dumps(asdict(protocol))))
-    laboratory = Laboratory(protocol, encoders, args.device)
+    laboratory = open_laboratory(args)
     methods = [m for m in METHODS if m.trains and (not args.methods or m.name in args.methods)]
 
     def cell(method: Method, rate: float, subject: Subject, seed: int) -> Cell:
         return Cell(args.output_dir, method, rate, subject, seed)
 
-    def report(done: Cell, what: str) -> None:
-        print(f"{done}: {what}", flush=True)
-
-    bases = [cell(BASE, 0.0, subject, 0) for subject in (*development, *subjects)]
-    failed = laboratory.make_all(bases, report)
-    if failed:  # nothing can be said about the others without them
-        raise RuntimeError(f"{failed[0]} failed: {failed[0].failure()}")
+    bases = laboratory.make_bases(args.output_dir, [*subjects, *development])[: len(subjects)]
+    failed: list[Cell] = []
     trials: dict[str, dict[float, float]] = {method.name: {} for method in methods}
     for _ in range(args.trials):
         rates = {method: next_rate(method.rate, trials[method.name]) for method in methods}
-        failed += laboratory.make_all([cell(m, r, s, 0) for s in development for m, r in rates.items()], report)
+        failed += laboratory.make_all([cell(m, r, s, 0) for s in development for m, r in rates.items()])
         for method, rate in rates.items():
             found = [(cell(method, rate, s, 0), cell(BASE, 0.0, s, 0)) for s in development]
             trials[method.name][rate] = statistics.fmean(merit(*pair) for pair in found)
     chosen = {m.name: best_rate(trials[m.name]) for m in methods}
     cells = [cell(m, chosen[m.name], s, n) for n in range(args.seeds) for s in subjects for m in methods]
-    failed += laboratory.make_all(cells, report)
+    failed += laboratory.make_all(cells)
     if not first:
         return {}
-    bases = [cell(BASE, 0.0, subject, 0) for subject in subjects]
     found = summarize([BASE, *methods], [*bases, *cells])
     found = {
         "command": shlex.join(["python", "-m", "eval", *sys.argv[1:]]),
-        "protocol": asdict(protocol), "development": [s.name for s in development],
+        "protocol": asdict(laboratory.protocol), "development": [s.name for s in development],
         "subjects": [s.name for s in subjects], "seeds": args.seeds, **found, "trials": trials, "rates": chosen,
         "failed": [{"cell": str(c), "error": c.failure()} for c in failed],
     }  # fmt: skip
@@ -89,7 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plot_losses(cells, methods, args.output_dir / "losses.png")
     for subject in subjects:
         rows = [c for c in (*bases, *cells) if c.subject == subject and c.seed == 0]
-        plot_sheet(subject, rows, protocol, args.output_dir / f"sheet-{subject.name}.png")
+        plot_sheet(subject, rows, laboratory.protocol, args.output_dir / f"sheet-{subject.name}.png")
     print((args.output_dir / "compare.md").read_text(encoding="utf-8"))
     for item in found["failed"]:
         print(f"failed, to be tried again by the next call: {item['cell']}: {item['error']}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import sys
@@ -72,7 +73,7 @@ class Trained:
     losses: list[float]
 
 
-def trainer_arguments(run: Run, flags: Sequence[str] = ()):
+def trainer_arguments(run: Run, flags: Sequence[str] = ()) -> argparse.Namespace:
     """The recipe's arguments for a run."""
     resolution = ["--resolution", str(run.resolution)] if run.resolution else []
     return parse_arguments(
@@ -89,7 +90,7 @@ class Session:
     """The base, loaded for a run, with its loss and its draws."""
 
     def __init__(self, run: Run, flags: Sequence[str] = (), device: str = "cpu") -> None:
-        self.run, self.device = run, device
+        self.run = run
         self.args = trainer_arguments(run, flags)
         self.plan = plan_base(self.args)
         self.base = load_base(self.plan)
@@ -110,9 +111,9 @@ class Session:
     def targets(self) -> list[str]:
         return attention_targets(self.unet, self.run.targets)
 
-    def estimate_batches(self, stream: DrawStream | None = None) -> list:
+    def estimate_batches(self) -> list:
         """The draws that a prior is estimated from, as the recipe takes them."""
-        return estimate_batches(self.args, stream or self.stream, self.source, ALONE)
+        return estimate_batches(self.args, self.stream, self.source, ALONE)
 
     def batch(self, step: int) -> list:
         """The samples of an optimizer step."""
