@@ -8,18 +8,18 @@ from typing import Literal
 import torch
 
 from s2ft_diffusion.config import S2FTConfig
-from s2ft_diffusion.rearrange import Rearrangement, find_rearrangement
+from s2ft_diffusion.prior import rearrangement_for
+from s2ft_diffusion.rearrange import Rearrangement
 from s2ft_diffusion.seeding import seeded
 from s2ft_diffusion.spectrum import count_positions, sample_positions
 
-PriorName = Literal["gradient", "normalized", "full", "full, from 0.1", "full, from 0.1, three times", "true change"]
-# How each prior is estimated: the recipe's --estimate, --estimate_draws and --estimate_from.
-PRIORS: dict[str, tuple[str, int, float]] = {
-    "gradient": ("gradient", 8, 0.0),
-    "normalized": ("normalized", 8, 0.0),
-    "full": ("full", 8, 0.0),
-    "full, from 0.1": ("full", 8, 0.1),
-    "full, from 0.1, three times": ("full", 24, 0.1),
+PriorName = Literal["gradient", "normalized", "full", "full, three times", "true change"]
+# How each prior is estimated: the recipe's --estimate and --estimate_draws.
+PRIORS: dict[str, tuple[str, int]] = {
+    "gradient": ("gradient", 8),
+    "normalized": ("normalized", 8),
+    "full": ("full", 8),
+    "full, three times": ("full", 24),
 }
 
 
@@ -33,13 +33,7 @@ class Construction:
 
     def rearrangement(self, prior: torch.Tensor, layer: str) -> Rearrangement:
         """The rearrangement of a layer's prior (d, k)."""
-        config = self.config
-        if config.rearrange == "none":
-            return Rearrangement.identity(*prior.shape)
-        generator = seeded(config.seed, layer)
-        return find_rearrangement(
-            prior, distance=config.distance, signs=config.signs, refine=config.refine, generator=generator
-        )
+        return rearrangement_for(prior, self.config, seeded(self.config.seed, layer))
 
     def positions(
         self, prior: torch.Tensor, rearrangement: Rearrangement, layer: str, sampling: str, n_frequency: int | float
@@ -77,9 +71,8 @@ def constructions(seed: int = 0) -> list[Construction]:
     return [
         *steps,
         Construction("+ normalised prior", "normalized", default),
-        Construction("+ prior of 48 steps of full fine-tuning", "full", default),
-        Construction("default: + without the least noise", "full, from 0.1", default),
-        Construction("default, three times the steps", "full, from 0.1, three times", default),
+        Construction("default: + prior of 48 steps of full fine-tuning", "full", default),
+        Construction("default, three times the steps", "full, three times", default),
         Construction("paper, ordered by the true change", "true change", paper),
         Construction("default, ordered by the true change", "true change", default),
     ]

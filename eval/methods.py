@@ -16,7 +16,7 @@ from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS, parse_arguments, s
 
 FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
 LORA_NUMBERS = 12.0
-ESTIMATE = ("estimate", "estimate_draws", "estimate_from")
+ESTIMATE = ("estimate", "estimate_draws")
 
 Kind = Literal["base", "full", "lora", "fourierft", "waveft", "s2ft"]
 

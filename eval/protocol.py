@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
@@ -20,7 +21,7 @@ from .prompts import Prompt, read_classes, read_templates, toybox_templates
 from .score import add_encoder_arguments
 from .training import Run
 
-DEVELOPMENT = ("perk", "trek")
+DEVELOPMENT = ("perk", "trek", "bolt")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,12 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
     add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
     add_subject_arguments(parser)
     add("--seeds", type=int, default=2, help="trainings on every subject")
-    add("--n_frequency", default="0.02", help="S²FT's numbers a layer, or a share; the other sizes follow from it")
+    add(
+        "--n_frequency",
+        type=amount,
+        default=0.02,
+        help="S²FT's numbers a layer, or a share; other sizes follow from it",
+    )
     add("--targets", choices=("qv", "attention"), default="qv")
     add("--steps", type=int, default=300, help="training steps")
     add("--batch", type=int, default=4, help="images a training step")
@@ -147,7 +153,7 @@ def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protoco
     return Protocol(
         base=args.base,
         token=args.token,
-        n_frequency=amount(args.n_frequency),
+        n_frequency=args.n_frequency,
         targets=args.targets,
         steps=args.steps,
         batch=args.batch,
@@ -158,14 +164,6 @@ def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protoco
         sampling=Sampling(args.sampling_steps, guidance, args.resolution),
         encoders=tuple(encoders.items()),
     )
-
-
-def amount(text: str) -> int | float:
-    """Numbers a layer: a count, or a share of d * k below 1. Raises InputError for anything else."""
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise InputError(f"--n_frequency must be a count or a share such as 0.02, got {text!r}.") from None
 
 
 def work_alone(args: argparse.Namespace) -> bool:

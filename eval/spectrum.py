@@ -33,7 +33,7 @@ from . import energy
 from .constructions import PRIORS, Construction, constructions
 from .generation import claim
 from .plots import plot_spectrum
-from .protocol import Subject, add_subject_arguments, amount, find_subjects
+from .protocol import Subject, add_subject_arguments, find_subjects
 from .statistics import mean_and_error
 from .training import Run, Session
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
     add_subject_arguments(parser)
     add("--adapter", help="adapter file, folder or hub id: what its own positions reach of the first subject's change")
-    add("--n_frequency", default="0.02", help="real numbers a layer, or a share of d * k")
+    add("--n_frequency", type=amount, default=0.02, help="real numbers a layer, or a share of d * k")
     add("--targets", choices=("qv", "attention"), default="qv")
     add("--token", default=UNSEEN_TOKEN, help="the unique token")
     add("--truth_steps", type=int, default=1500, help="most steps of full fine-tuning")
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.truth_steps < CHECK_EVERY:
         raise InputError(f"--truth_steps must be at least {CHECK_EVERY}, got {args.truth_steps}.")
     _, subjects = find_subjects(args)
-    n_frequency = amount(args.n_frequency)
+    n_frequency = args.n_frequency
     adapter = read_adapter(find_adapter_file(args.adapter)) if args.adapter else None
     settings = {
         "base": args.base, "n_frequency": n_frequency, "targets": args.targets, "truth_steps": args.truth_steps,
@@ -148,8 +148,8 @@ def true_change(plan: Run, path: Path, device: str) -> tuple[dict[str, torch.Ten
 def priors(plan: Run, device: str) -> dict[str, dict[str, torch.Tensor]]:
     """Every prior of `PRIORS`, by layer."""
     found = {}
-    for name, (estimate, draws, earliest) in tqdm(PRIORS.items(), desc="priors"):
-        flags = ["--estimate", estimate, "--estimate_draws", str(draws), "--estimate_from", str(earliest)]
+    for name, (estimate, draws) in tqdm(PRIORS.items(), desc="priors"):
+        flags = ["--estimate", estimate, "--estimate_draws", str(draws)]
         session = Session(plan, flags, device)
         session.unet.add_adapter(S2FTConfig(target_modules=session.targets, n_frequency=plan.n_frequency))
         estimated = estimate_prior(session.unet, session.loss, session.estimate_batches(), estimate=estimate)

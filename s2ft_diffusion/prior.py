@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm.auto import tqdm
 
+from .config import S2FTConfig
 from .layer import S2FTLayer
 from .rearrange import Rearrangement, find_rearrangement
 from .seeding import seeded
@@ -122,14 +123,18 @@ def place_from_prior(
             delta.place(positions, Rearrangement(**state))
 
 
-def _derive(name: str, prior: torch.Tensor, config: Any, count: int) -> tuple[torch.Tensor, Rearrangement]:
-    generator = seeded(config.seed, name)  # a layer's draws do not depend on which others are adapted
+def rearrangement_for(prior: torch.Tensor, config: S2FTConfig, generator: torch.Generator) -> Rearrangement:
+    """The rearrangement of a prior (d, k) by a config's `rearrange`, `distance`, `signs` and `refine` (Alg. 1)."""
     if config.rearrange == "none":
-        rearrangement = Rearrangement.identity(*prior.shape)
-    else:
-        rearrangement = find_rearrangement(
-            prior, distance=config.distance, signs=config.signs, refine=config.refine, generator=generator
-        )
+        return Rearrangement.identity(*prior.shape)
+    return find_rearrangement(
+        prior, distance=config.distance, signs=config.signs, refine=config.refine, generator=generator
+    )
+
+
+def _derive(name: str, prior: torch.Tensor, config: S2FTConfig, count: int) -> tuple[torch.Tensor, Rearrangement]:
+    generator = seeded(config.seed, name)  # a layer's draws do not depend on which others are adapted
+    rearrangement = rearrangement_for(prior, config, generator)
     positions = sample_positions(
         count,
         tuple(prior.shape),

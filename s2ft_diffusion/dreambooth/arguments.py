@@ -31,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _amount(text: str) -> int | float:
+def amount(text: str) -> int | float:
+    """Numbers a layer: a count, or a share of d * k below 1 such as 0.02. Raises ValueError for anything else."""
     return float(text) if "." in text or "e" in text.lower() else int(text)
 
 
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preset", choices=tuple(PRESETS), default="default", help="where the options below start from")
     add("--targets", choices=("qv", "attention"), default="qv", help="query and value projections, or all four")
     add("--train_text_encoder", action="store_true", help="adapt the text encoder's projections too")
-    add("--n_frequency", type=_amount, help="real trainable numbers a layer: a count, or a share below 1 such as 0.02")
+    add("--n_frequency", type=amount, help="real trainable numbers a layer: a count, or a share below 1 such as 0.02")
     add("--scaling", type=float, help="the factor alpha of the weight change")
     add("--coefficients", choices=("complex", "real"), help="kind of coefficients")
     add("--norm", choices=("ortho", "backward"), help="normalisation of the inverse transform")
@@ -84,7 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--estimate_draws", type=int, default=8, help="noise and timestep draws per image; with 'full', steps per image"
     )
-    add("--estimate_from", type=float, help="the share of timesteps, with the least noise, that the draws leave out")
     add("--adapter_dtype", choices=DTYPES, default="float32", help="type of the stored coefficients")
 
     add = parser.add_argument_group("training").add_argument
@@ -132,8 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 # What measured best on the embedded base; the paper's rate follows from it: see docs/learning-rate.md.
 MEASURED = {
-    "default": {"learning_rate": 1e-3, "estimate": "full", "estimate_from": 0.1},
-    "paper": {"learning_rate": 1e-3, "estimate": "gradient", "estimate_from": 0.0},
+    "default": {"learning_rate": 1e-3, "estimate": "full"},
+    "paper": {"learning_rate": 1e-3, "estimate": "gradient"},
 }
 DEFAULT_STEPS = 500
 
@@ -182,7 +182,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--class_data_dir {args.class_data_dir} is no folder.")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
-    for name in ("adam_beta1", "adam_beta2", "estimate_from"):
+    for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}.")
     if args.train_text_encoder and args.pre_compute_text_embeddings:

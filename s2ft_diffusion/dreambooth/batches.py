@@ -35,7 +35,7 @@ def estimate_batches(
 ) -> list[list[Sample]]:
     """One draw a batch, shared out over the processes; for "full", every process takes the same steps (Adam does not
     mind that their gradients are added)."""
-    batches = [[draw] for draw in stream.stratified(args.estimate_draws, args.estimate_from)]
+    batches = [[draw] for draw in stream.stratified(args.estimate_draws)]
     if args.estimate != "full":
         batches = batches[accelerator.process_index :: accelerator.num_processes]
     return [[(draw, source, args.instance_prompt, 1.0) for draw in batch] for batch in batches]

@@ -49,24 +49,24 @@ class DrawStream:
         order = torch.randperm(self.count, generator=seeded(self.seed, self.name, "epoch", epoch))
         return self._draw(int(order[place]), seeded(self.seed, self.name, "sample", number), None)
 
-    def stratified(self, draws_per_image: int, earliest: float = 0.0) -> list[Draw]:
-        """`draws_per_image` draws of every image, their times one from each of equally many strata of [earliest, 1)."""
+    def stratified(self, draws_per_image: int) -> list[Draw]:
+        """`draws_per_image` draws of every image, their times one from each of equally many strata of [0, 1)."""
         total = self.count * draws_per_image
         strata = torch.randperm(total, generator=seeded(self.seed, self.name, "strata"))
         return [
             self._draw(
                 number % self.count,
                 seeded(self.seed, self.name, "estimate", number),
-                (int(strata[number]), total, earliest),
+                (int(strata[number]), total),
             )
             for number in range(total)
         ]
 
-    def _draw(self, image: int, generator: torch.Generator, stratum: tuple[int, int, float] | None) -> Draw:
+    def _draw(self, image: int, generator: torch.Generator, stratum: tuple[int, int] | None) -> Draw:
         time, vertical, horizontal, coin = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         if stratum:
-            number, total, earliest = stratum
-            time = earliest + (1.0 - earliest) * (number + time) / total
+            number, total = stratum
+            time = (number + time) / total
         return Draw(
             image=image,
             time=time,
