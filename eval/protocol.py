@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from s2ft_diffusion.config import S2FTConfig
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
@@ -79,7 +80,7 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str) -> 
         "--n_frequency",
         type=amount,
         default=0.02,
-        help="S²FT's numbers a layer, or a share; other sizes follow from it",
+        help="S²FT's numbers a layer, or a share; other sizes follow",
     )
     add("--targets", choices=("qv", "attention"), default="qv")
     add("--steps", type=int, default=300, help="training steps")
@@ -148,6 +149,10 @@ def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protoco
     for name in ("seeds", "steps", "batch", "images_per_prompt", "drift_images", "sampling_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    try:
+        S2FTConfig(n_frequency=args.n_frequency)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     toy = args.base == "toybox"
     guidance = args.guidance if args.guidance is not None else 4.0 if toy else 7.5
     return Protocol(

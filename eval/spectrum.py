@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from s2ft_diffusion import read_adapter
 from s2ft_diffusion.config import S2FTConfig
+from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.pipeline import find_adapter_file

@@ -214,7 +214,7 @@ def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
         (["--subjects", "perk"], "other subjects"),
         (["--trials", "0"], "at least 1"),
         (["--subjects_dir", "/no/such"], "no such folder"),
-        (["--n_frequency", "many"], "--n_frequency"),
+        (["--n_frequency", "1.5"], "n_frequency"),
     ],
 )
 def test_compare_refuses_what_cannot_work(tmp_path, capsys, change, said) -> None:
