@@ -260,7 +260,7 @@ def test_ablation_reports(tmp_path) -> None:
 
 def test_spectrum_reports_and_resumes(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(spectrum, "CHECK_EVERY", 2)
-    few = {name: (kind, 1, start) for name, (kind, _, start) in spectrum.PRIORS.items()}
+    few = {name: (kind, 1) for name, (kind, _) in spectrum.PRIORS.items()}
     monkeypatch.setattr(spectrum, "PRIORS", few)
     options = [
         "spectrum", "--subjects", "mittens", "--truth_steps", "4", "--device", "cpu", "--output_dir", str(tmp_path),
