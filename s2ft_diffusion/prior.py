@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ def initialize_s2ft_weights(
     *,
     estimate: Estimate = "gradient",
     adapter_name: str = "default",
-    learning_rate: float = 3e-4,
+    step_size: float = 0.2,
     progress: bool = False,
 ) -> None:
     """Estimate the prior, and set an adapter's rearrangement and positions from it, in place.
@@ -49,16 +49,14 @@ def initialize_s2ft_weights(
         batches: the subset of Eq. 4; each one gradient. Use all instance images, several noise draws of each.
         estimate: see `estimate_prior`.
         adapter_name: whose order and positions are set; its coefficients become zero.
-        learning_rate: of the steps of estimate="full".
+        step_size: of the steps of estimate="full".
         progress: show a bar over the layers while rearranging.
 
     In a process group every process passes its own batches; the priors are summed, process 0 derives order and
     positions and sends them to the others. Raises ValueError for a loss or a gradient that is not finite (naming the
     layer) and where there is nothing to estimate; warns for a prior with too few nonzero frequencies.
     """
-    prior = estimate_prior(
-        models, loss, batches, estimate=estimate, adapter_name=adapter_name, learning_rate=learning_rate
-    )
+    prior = estimate_prior(models, loss, batches, estimate=estimate, adapter_name=adapter_name, step_size=step_size)
     place_from_prior(models, prior, adapter_name=adapter_name, progress=progress)
 
 
@@ -69,13 +67,17 @@ def estimate_prior(
     *,
     estimate: Estimate = "gradient",
     adapter_name: str = "default",
-    learning_rate: float = 3e-4,
+    step_size: float = 0.2,
 ) -> dict[str, torch.Tensor]:
     """The estimated weight change (d, k), float32, of every layer that carries the adapter.
 
     "gradient" is Eq. 4, -sum g. "normalized" is -sum g / sqrt(sum g^2) over the batches, nearer to what Adam does.
-    "full" is the change that one AdamW step a batch makes, of the adapted weights alone (the paper's Table 6), with the
-    gradients of all processes averaged.
+    "full" is the change that one AdamW step a batch makes, of the adapted weights alone (after the paper's Table 6),
+    with the gradients of all processes added. Every step's gradients are scaled to one norm over all layers, so that
+    no timestep drowns the others; the rate grows from step to step, since Adam's first ones follow noise. A layer's
+    mean rate is `step_size` times its weight's root mean square over sqrt(in_features): then a step changes what a
+    layer does by about the same share whatever its width (after Yang et al. 2023, "A Spectral Condition for Feature
+    Learning").
 
     Memory beyond the model, for every adapted layer: one dense float32 matrix for "gradient", two for "normalized",
     Adam's three (the change and two moments), the gradient and a copy of the weight for "full". All weights are as
@@ -93,7 +95,7 @@ def estimate_prior(
             raise ValueError(f"{name} has a quantised weight, which has no gradient to estimate a prior from.")
     with _only_base_weights_train(models, layers):
         if estimate == "full":
-            prior = _estimate_by_training(layers, loss, batches, learning_rate)
+            prior = _estimate_by_training(layers, loss, batches, step_size)
         else:
             prior = _estimate_by_gradient(layers, loss, batches, normalized=estimate == "normalized")
     for name, matrix in prior.items():
@@ -214,13 +216,19 @@ def _estimate_by_gradient(
 
 
 def _estimate_by_training(
-    layers: dict[str, S2FTLayer], loss: Callable[[Any], torch.Tensor], batches: Iterable[Any], learning_rate: float
+    layers: dict[str, S2FTLayer], loss: Callable[[Any], torch.Tensor], batches: Iterable[Any], step_size: float
 ) -> dict[str, torch.Tensor]:
+    if not isinstance(batches, Sized):
+        batches = list(batches)
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     change = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     fused = all(matrix.device.type in ("cpu", "cuda") for matrix in change.values())
-    optimizer = torch.optim.AdamW(change.values(), lr=learning_rate, weight_decay=0.0, fused=fused)
+    rates = {name: step_size * _typical_size(weight) / weight.shape[1] ** 0.5 for name, weight in weights.items()}
+    groups = [{"params": [matrix], "lr": rates[name]} for name, matrix in change.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
+    steps = len(batches)
+    growing = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2 * (step + 1) / (steps + 1))
     try:
         for batch in batches:
             _backward(loss, batch)
@@ -228,9 +236,11 @@ def _estimate_by_training(
                 change[name].grad = torch.zeros_like(change[name]) if weight.grad is None else weight.grad.float()
                 weight.grad = None
                 _sum_over_processes(change[name].grad)
-                if _distributed():
-                    change[name].grad.div_(dist.get_world_size())
+            norm = nn.utils.get_total_norm([matrix.grad for matrix in change.values()])
+            for matrix in change.values():
+                matrix.grad.div_(norm.to(matrix.device) if norm > 0 else 1.0)
             optimizer.step()
+            growing.step()
             with torch.no_grad():
                 for name, weight in weights.items():
                     weight.copy_(start[name] + change[name])  # in float32, whatever the weight's type
@@ -239,6 +249,11 @@ def _estimate_by_training(
             for name, weight in weights.items():
                 weight.copy_(start[name])
     return change
+
+
+def _typical_size(weight: torch.Tensor) -> float:
+    """The root mean square; of a weight of zeros, what one that keeps its inputs' size would have."""
+    return float(weight.detach().float().square().mean().sqrt()) or weight.shape[1] ** -0.5
 
 
 def _distributed() -> bool:
