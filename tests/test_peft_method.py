@@ -287,7 +287,7 @@ class TestPrior:
         torch.testing.assert_close(prior["base_model.model.first"], expected.nan_to_num(0.0))
 
     def test_full_equals_adamw_on_the_weights(self, two_layers) -> None:
-        """One step a batch: gradients of one norm over both layers, rates growing by equal steps to twice their mean."""
+        """One step a batch: gradients of one norm over both layers, rates growing evenly to twice their mean."""
         trained = copy.deepcopy(two_layers)
         weights = [trained.first.weight, trained.second.weight]
         rates = [0.1 * float(w.detach().square().mean().sqrt()) / w.shape[1] ** 0.5 for w in weights]
