@@ -30,7 +30,7 @@ from .training import UNFINISHED, TrainingQueue
 
 logger = logging.getLogger("app")
 NONE = ""  # the id of no adapter
-SHOW_EVERY = 1.0  # seconds between what is shown of a generation under way
+SHOW_EVERY = 2.0  # seconds between what is shown of a generation under way
 
 
 def polite(action: Callable[..., Any]) -> Callable[..., Any]:

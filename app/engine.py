@@ -40,7 +40,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
 KEPT_ADAPTERS = 8
-PREVIEW_SHARE = 0.01  # of the time of a generation may be spent on previews
+PREVIEW_SHARE = 0.01  # of the time of a request may be spent on previews
 
 
 class Cancelled(Exception):
@@ -115,6 +115,7 @@ class Worker:
 
     pipe: StableDiffusionPipeline
     loaded: OrderedDict[tuple, str] = field(default_factory=OrderedDict)
+    preview_seconds: float | None = None  # what the latest one took
 
     def activate(self, wanted: list[tuple[Entry, float]]) -> None:
         """Make exactly these adapters count, at these strengths."""
@@ -136,6 +137,26 @@ class Worker:
             self.loaded[entry.state] = name
         self.loaded.move_to_end(entry.state)
         return self.loaded[entry.state]
+
+
+class Previews:
+    """Pictures of latents, now and then: they may take `PREVIEW_SHARE` of a request's time."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker, self.begun, self.spent = worker, time.perf_counter(), 0.0
+
+    def take(self, latents: torch.Tensor, steps_done: int) -> Image.Image | None:
+        """A picture of latents (n, c, h, w), the first of them, if the time allows one after so many steps."""
+        now = time.perf_counter()
+        cost = self.worker.preview_seconds
+        if cost is None:
+            cost = 0.2 * (now - self.begun) / steps_done  # a guess, until one has been made
+        if self.spent + cost > PREVIEW_SHARE * (now - self.begun):
+            return None
+        picture = _decode(self.worker.pipe, latents)
+        self.worker.preview_seconds = time.perf_counter() - now
+        self.spent += self.worker.preview_seconds
+        return picture
 
 
 class Engine:
@@ -179,8 +200,18 @@ class Engine:
                 message = plain(str(error), *(entry.path for entry, _ in wanted))
                 raise RequestError(f"The adapter cannot be used: {message}") from None
             words = _encode(worker.pipe, settings)
+            previews = Previews(worker) if listener.previews else None
+            number, total = 0, settings.images * settings.steps
+
+            def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
+                if listener.cancelled():
+                    raise Cancelled
+                done = number * settings.steps + step + 1
+                listener.on_step(done, total, previews.take(tensors["latents"], done) if previews and step else None)
+                return tensors
+
             for number in range(settings.images):
-                image = self._one(worker.pipe, words, settings.single(number), number, settings.images, listener)
+                image = self._one(worker.pipe, words, settings.single(number), on_step_end)
                 yield self._signed(image, settings.single(number), wanted)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
@@ -200,28 +231,10 @@ class Engine:
         pipe: StableDiffusionPipeline,
         words: dict[str, torch.Tensor],
         settings: Settings,
-        number: int,
-        images: int,
-        listener: Listener,
+        on_step_end: Callable[..., dict[str, torch.Tensor]],
     ) -> Image.Image:
         kind, options = SCHEDULERS[settings.scheduler]
         pipe.scheduler = getattr(diffusers, kind).from_config(self.scheduler_config, **options)
-        begun, spent, latest = time.perf_counter(), 0.0, 0.0
-
-        def on_step_end(pipe: StableDiffusionPipeline, step: int, timestep: Any, tensors: dict) -> dict:
-            nonlocal spent, latest
-            if listener.cancelled():
-                raise Cancelled
-            preview = None
-            now = time.perf_counter()
-            cost = latest or 0.2 * (now - begun) / (step + 1)  # a guess, until one has been made
-            if listener.previews and step and spent + cost <= PREVIEW_SHARE * (now - begun):
-                preview = _decode(pipe, tensors["latents"])
-                latest = time.perf_counter() - now
-                spent += latest
-            listener.on_step(number * settings.steps + step + 1, images * settings.steps, preview)
-            return tensors
-
         return pipe(
             **words,
             num_inference_steps=settings.steps,

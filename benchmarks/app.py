@@ -2,8 +2,8 @@
 
     python -m benchmarks.app --json docs/results/app.json
 
-Both are asked for the same images in turn: the bare pipeline by a call, the app (`python -m app`, in a process of its
-own) over HTTP. The bare pipeline makes images one by one, as the app does, so that an image depends on
+All are asked for the same images in turn: pipelines, with and without the adapter, by a call, the app (`python -m app`,
+in a process of its own) over HTTP. The pipelines make images one by one, as the app does, so that an image depends on
 its seed alone.
 """
 
@@ -22,14 +22,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from app.arguments import parse_arguments
 from app.engine import load_base
+from app.library import Library
 from app.server import DEMO_ADAPTERS
 
 STEPS, GUIDANCE, PROMPT = 25, 4.0, "a photo of sks cat in the snow"
@@ -86,14 +88,17 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as outputs, serving(args.base, args.adapters, outputs) as address:
         options = parse_arguments(["--outputs", outputs])
-        bare = load_base(args.base, options.device, options.dtype)
-        bare.scheduler = DDIMScheduler.from_config(bare.scheduler.config)
+        bare, adapted = (load_base(args.base, options.device, options.dtype) for _ in range(2))
+        for pipe in (bare, adapted):
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         found = call(address, "list_adapters", "", "name")[0]
         first, second = [adapter["id"] for adapter in found if adapter["usable"]][:2]
+        components = {"unet": bare.unet, "text_encoder": bare.text_encoder}
+        adapted.load_s2ft_weights(Library(args.adapters, Path(outputs) / "own", components).get(first).path)
 
-        def plain(seed: int) -> None:
+        def plain(pipe: StableDiffusionPipeline, seed: int) -> None:
             for i in range(args.images):
-                bare(
+                pipe(
                     PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
                     generator=torch.Generator().manual_seed(seed + i),
                 )  # fmt: skip
@@ -101,12 +106,18 @@ def main() -> None:
         def served(adapter: str, seed: int, images: int = args.images, steps: int = STEPS) -> None:
             call(address, "generate", PROMPT, "", adapter, 1, "", 1, steps, GUIDANCE, seed, images, "DDIM")
 
-        rows: dict[str, list[float]] = {"bare pipeline": [], "app, no adapter": [], "app, adapter": []}
+        actions: dict[str, Callable[[int], None]] = {
+            "pipeline": partial(plain, bare),
+            "app": partial(served, ""),
+            "pipeline, adapter": partial(plain, adapted),
+            "app, adapter": partial(served, first),
+        }
+        rows: dict[str, list[float]] = {name: [] for name in actions}
         for number in range(args.rounds + 1):
-            measured = timed(plain, number), timed(served, "", number), timed(served, first, number)
-            if number:  # the first round warms up
-                for row, seconds in zip(rows.values(), measured, strict=True):
-                    row.append(seconds / args.images)
+            for name, action in actions.items():
+                seconds = timed(action, number)
+                if number:  # the first round warms up
+                    rows[name].append(seconds / args.images)
         switches: dict[str, list[float]] = {"same adapter": [], "other adapter": []}
         served(first, 0, 1, 2)
         served(second, 0, 1, 2)
@@ -123,12 +134,18 @@ def main() -> None:
         "base": args.base,
         "seconds_per_image": medians,
         "images_per_minute": {name: 60 / value for name, value in medians.items()},
-        "relative_to_bare": {name: medians["bare pipeline"] / value for name, value in medians.items()},
+        "app_to_pipeline": {
+            "no adapter": medians["pipeline"] / medians["app"],
+            "adapter": medians["pipeline, adapter"] / medians["app, adapter"],
+        },
+        "adapter_to_bare": medians["pipeline"] / medians["pipeline, adapter"],
         "short_request_seconds": per_switch,
         "switch_seconds": per_switch["other adapter"] - per_switch["same adapter"],
     }
     for name, value in medians.items():
-        print(f"{name:18}{60 / value:8.1f} images/min {medians['bare pipeline'] / value:8.3f}")
+        print(f"{name:18}{60 / value:8.1f} images/min")
+    for name, value in report["app_to_pipeline"].items():
+        print(f"the app's to the pipeline's, {name}: {value:.3f}")
     print(f"a request of one image in two steps: {1000 * per_switch['same adapter']:.0f} ms")
     print(f"a switch of adapters: {1000 * report['switch_seconds']:.1f} ms")
     if args.json:
