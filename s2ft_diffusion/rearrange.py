@@ -44,43 +44,63 @@ class Rearrangement:
             torch.ones(columns, device=device, dtype=torch.int8),
         )
 
-    @cached_property
-    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.argsort(self.row_order), torch.argsort(self.column_order)
-
     def apply(self, latent: torch.Tensor) -> torch.Tensor:
         """T: a latent matrix (d, k) to the weight change (d, k)."""
-        # A cached property cannot be traced, its function can.
-        rows, columns = type(self)._places.func(self) if torch.compiler.is_compiling() else self._places
-        moved = latent.index_select(0, rows).index_select(1, columns)
-        return moved.mul_(self.row_sign.to(latent.dtype)[:, None]).mul_(self.column_sign.to(latent.dtype))
+        return self.apply_columns(self.scatter_rows(latent))
 
     def invert(self, weight: torch.Tensor) -> torch.Tensor:
         """The inverse of T: a weight change (d, k) to the latent matrix (d, k). Exact: values are moved and negated."""
-        signed = (weight * self.row_sign.to(weight.dtype)[:, None]).mul_(self.column_sign.to(weight.dtype))
-        return signed.index_select(0, self.row_order).index_select(1, self.column_order)
+        return self.gather_rows(self.invert_columns(weight))
 
-    # The same by vectors, the columns of a matrix: T(latent) @ x is scatter_rows(latent @ gather_columns(x)).
+    # Half of it, along the last dimension.
+
+    def apply_columns(self, latent: torch.Tensor) -> torch.Tensor:
+        """The columns of a matrix (n, k) from the latent order to the weight's."""
+        return latent.index_select(1, self._places()[1]).mul_(_signs_for(latent, self.column_sign))
+
+    def invert_columns(self, weight: torch.Tensor) -> torch.Tensor:
+        """The inverse, and adjoint, of `apply_columns`."""
+        return weight.index_select(1, self.column_order).mul_(_signs_for(weight, self._signs()[1]))
+
+    # And along the first, of vectors that are the columns of a matrix: T(latent) @ x is
+    # scatter_rows(latent @ gather_columns(x)).
 
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (k, tokens) of a layer, brought into the latent matrix's order and signs."""
-        return x.index_select(0, self.column_order) * self._signs[1].to(x.dtype)
+        return x.index_select(0, self.column_order).mul_(_signs_for(x, self._signs()[1])[:, None])
 
     def scatter_columns(self, latent: torch.Tensor) -> torch.Tensor:
         """The inverse, and adjoint, of `gather_columns`."""
-        return latent.index_select(0, self._places[1]) * self.column_sign[:, None].to(latent.dtype)
+        return latent.index_select(0, self._places()[1]).mul_(_signs_for(latent, self.column_sign)[:, None])
 
     def gather_rows(self, y: torch.Tensor) -> torch.Tensor:
         """Outputs (d, tokens) of a layer, brought into the latent matrix's order and signs."""
-        return y.index_select(0, self.row_order) * self._signs[0].to(y.dtype)
+        return y.index_select(0, self.row_order).mul_(_signs_for(y, self._signs()[0])[:, None])
 
     def scatter_rows(self, latent: torch.Tensor) -> torch.Tensor:
         """The inverse, and adjoint, of `gather_rows`."""
-        return latent.index_select(0, self._places[0]) * self.row_sign[:, None].to(latent.dtype)
+        return latent.index_select(0, self._places()[0]).mul_(_signs_for(latent, self.row_sign)[:, None])
 
-    @cached_property
+    # A cached property cannot be traced, its function can.
+
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._find_places() if torch.compiler.is_compiling() else self._known_places
+
     def _signs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.row_sign[self.row_order][:, None], self.column_sign[self.column_order][:, None]
+        return self._find_signs() if torch.compiler.is_compiling() else self._known_signs
+
+    def _find_places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.argsort(self.row_order), torch.argsort(self.column_order)
+
+    def _find_signs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.row_sign[self.row_order], self.column_sign[self.column_order]
+
+    _known_places = cached_property(_find_places)
+    _known_signs = cached_property(_find_signs)
+
+
+def _signs_for(matrix: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    return signs.to(matrix.real.dtype)
 
 
 def find_rearrangement(

@@ -33,12 +33,14 @@ _ADJOINT_NORM = {"backward": "forward", "ortho": "ortho"}
 class SpectrumIndex:
     """Where coefficients go in the half spectrum (d, k // 2 + 1) of a real inverse transform.
 
+    `columns` (w,) are those of the half spectrum that hold any; places count in a (d, w) matrix of them alone.
     `gather` (m,) is each coefficient's own place; `scatter` (m + r,) repeats those whose conjugate is in the half
     spectrum too (columns 0 and k / 2), `source` (m + r,) says which coefficient each entry takes and `weight`
     (m + r, 2) the factors of its real and imaginary part. `phase` (m,) is -1 where the half spectrum holds the mirror.
     """
 
     shape: tuple[int, int]
+    columns: torch.Tensor
     gather: torch.Tensor
     phase: torch.Tensor
     scatter: torch.Tensor
@@ -65,20 +67,23 @@ def half_plane(positions: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.T
 def index_spectrum(positions: torch.Tensor, shape: tuple[int, int]) -> SpectrumIndex:
     """Prepare `positions` (m, 2) of a (d, k) spectrum for `delta_weight`."""
     d, k = shape
-    columns = k // 2 + 1
     u, v, mirrored = half_plane(positions, shape)
     phase = torch.where(mirrored, -1.0, 1.0)
-    gather = u * columns + v
+    # A traced graph needs sizes that do not depend on data: there, all columns take part, and below all coefficients.
+    traced = torch.compiler.is_compiling()
+    columns, place = (torch.arange(k // 2 + 1, device=v.device), v) if traced else v.unique(return_inverse=True)
+    width = len(columns)
+    gather = u * width + place
     # In columns 0 and k/2 the half spectrum holds both conjugates, and the inverse transform wants them both.
     in_both = (v == 0) | (2 * v == k)
     everything = torch.arange(len(u), device=positions.device)
-    # A traced graph needs sizes that do not depend on data: there, the others take part with weight 0.
-    doubled = everything if torch.compiler.is_compiling() else everything[in_both]
-    conjugate = (-u[doubled] % d) * columns + v[doubled]
+    doubled = everything if traced else everything[in_both]  # where all take part, the others with weight 0
+    conjugate = (-u[doubled] % d) * width + place[doubled]
     own = torch.stack([torch.full_like(phase, 0.5), 0.5 * phase], dim=1)
     other = own[doubled] * in_both[doubled, None] * torch.tensor([1.0, -1.0], device=positions.device)
     return SpectrumIndex(
         shape=shape,
+        columns=columns,
         gather=gather,
         phase=phase,
         scatter=torch.cat([gather, conjugate]),
@@ -95,7 +100,7 @@ def delta_norm(coefficients: torch.Tensor, positions: torch.Tensor, shape: tuple
     places, inverse = index.scatter.unique(return_inverse=True)
     half = torch.zeros(len(places), 2, dtype=torch.float64)
     half.index_add_(0, inverse, (pairs[index.source] * index.weight).double())
-    column = places % (k // 2 + 1)
+    column = index.columns[places % len(index.columns)]
     twice = torch.where((column == 0) | (2 * column == k), 1.0, 2.0)
     energy = float((half.square().sum(1) * twice).sum())
     return math.sqrt(energy if norm == "ortho" else energy / (d * k))
@@ -108,23 +113,29 @@ class _InverseTransform(torch.autograd.Function):
     def forward(ctx, coefficients, index: SpectrumIndex, rearrangement: Rearrangement, norm: Norm):
         ctx.index, ctx.rearrangement, ctx.norm, ctx.real = index, rearrangement, norm, coefficients.ndim == 1
         d, k = index.shape
+        width = len(index.columns)
         pairs = coefficients.unsqueeze(1) * coefficients.new_tensor([1.0, 0.0]) if ctx.real else coefficients
-        half = coefficients.new_zeros(d * (k // 2 + 1), 2)
+        half = coefficients.new_zeros(d * width, 2)
         half.index_add_(0, index.scatter, pairs[index.source] * index.weight.to(pairs.dtype))
-        spectrum = torch.view_as_complex(half).view(d, k // 2 + 1)
-        # One dimension after the other: on a CPU the transform of both in one call takes twice as long.
-        spectrum = torch.fft.ifft(spectrum, dim=0, norm=norm)
-        return rearrangement.apply(torch.fft.irfft(spectrum, n=k, dim=1, norm=norm))
+        # One dimension after the other: the first needs no columns that are zero, and rows are moved in between, where
+        # there is least to move.
+        spectrum = torch.fft.ifft(torch.view_as_complex(half).view(d, width), dim=0, norm=norm)
+        spectrum = rearrangement.scatter_rows(spectrum)
+        if width < k // 2 + 1:
+            spectrum = spectrum.new_zeros(d, k // 2 + 1).index_copy_(1, index.columns, spectrum)
+        return rearrangement.apply_columns(torch.fft.irfft(spectrum, n=k, dim=1, norm=norm))
 
     @staticmethod
     def backward(ctx, grad):
-        latent = ctx.rearrangement.invert(grad)
-        adjoint = _ADJOINT_NORM[ctx.norm]
-        spectrum = torch.fft.fft(torch.fft.rfft(latent, dim=1, norm=adjoint), dim=0, norm=adjoint)
-        spectrum = spectrum.flatten()[ctx.index.gather]
+        index, rearrangement, adjoint = ctx.index, ctx.rearrangement, _ADJOINT_NORM[ctx.norm]
+        spectrum = torch.fft.rfft(rearrangement.invert_columns(grad), dim=1, norm=adjoint)
+        if len(index.columns) < spectrum.shape[1]:
+            spectrum = spectrum.index_select(1, index.columns)
+        spectrum = torch.fft.fft(rearrangement.gather_rows(spectrum), dim=0, norm=adjoint)
+        spectrum = spectrum.flatten()[index.gather]
         if ctx.real:
             return spectrum.real.contiguous(), None, None, None
-        phase = ctx.index.phase.to(latent.dtype)
+        phase = index.phase.to(grad.dtype)
         return torch.stack([spectrum.real, spectrum.imag * phase], dim=1), None, None, None
 
 
