@@ -24,9 +24,9 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "sampling": {
         "random": ("--sampling", "random"),
         "low frequency": ("--sampling", "low_frequency"),
-        "power, gamma 1.5": ("--sampling", "power", "--gamma", "1.5"),
+        "the largest": ("--sampling", "top"),
     },
-    "gamma": {f"gamma {g}": ("--sampling", "power", "--gamma", g) for g in ("0.5", "1", "2", "3", "5")},
+    "gamma": {f"gamma {g}": ("--gamma", g) for g in ("0.5", "1", "2", "3", "5")},
     "n": {f"n {n}": ("--n_frequency", n) for n in ("0.005", "0.01", "0.04", "0.08")},
     "prior": {
         "gradient": ("--estimate", "gradient"),
@@ -49,7 +49,7 @@ DEFAULT = Method("ablation-default", "default", "s2ft", flags=("--preset", "defa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_protocol_arguments(parser, "outputs/ablation")
     parser.add_argument("--groups", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="of all variants")
+    parser.add_argument("--learning_rate", type=float, default=1e-2, help="of all variants")
     parser.add_argument("--quick", action="store_true", help="few steps and images, one subject and seed")
 
 

@@ -65,7 +65,6 @@ def constructions(seed: int = 0) -> list[Construction]:
         "+ cosine distance": {"distance": "cosine"},
         "+ signs": {"signs": True},
         "+ 2-opt": {"refine": "2opt"},
-        "+ gamma 3": {"gamma": default.gamma},
     }.items():
         steps.append(Construction(name, "gradient", replace(steps[-1].config, **change)))
     return [

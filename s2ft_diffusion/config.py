@@ -25,8 +25,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scaling": 100.0,  # the paper does not say; docs/learning-rate.md
         "coefficients": "real",
         "norm": "backward",
-        "sampling": "power",
-        "gamma": 1.5,
         "distance": "euclidean",
         "signs": False,
         "refine": None,
@@ -48,10 +46,10 @@ class S2FTConfig(PeftConfig):
         scaling: the factor alpha of Eq. 3, applied to every delta weight.
         coefficients: "complex" (half plane, two numbers a position) or "real" (full plane, one number; the paper).
         norm: the inverse transform's normalisation: "ortho" (1 / sqrt(d * k)) or "backward" (1 / (d * k); the paper).
-        sampling: how positions are chosen: "top" (the prior's largest), "power" (drawn by Eq. 7; the paper),
-            "low_frequency" or "random". Without a prior, as after plain construction, the first two draw as
-            "low_frequency" does until `initialize_s2ft_weights` has been called.
-        gamma: exponent of the sampling probability (Eq. 7; 1.5 in the paper).
+        sampling: how positions are chosen: "power" (drawn by Eq. 7), "top" (the prior's largest), "low_frequency" or
+            "random". Without a prior, as after plain construction, the first two draw as "low_frequency" does until
+            `initialize_s2ft_weights` has been called.
+        gamma: exponent of the sampling probability (Eq. 7).
         rearrange: "nearest_neighbor" (Alg. 1) or "none" (the identity: FourierFT's setting).
         distance: between rows and between columns: "cosine" or "euclidean" (the paper).
         signs: let rows and columns be negated where that brings them nearer to their neighbours.
@@ -69,8 +67,8 @@ class S2FTConfig(PeftConfig):
     scaling: float = 1.0
     coefficients: CoefficientKind = "complex"
     norm: Norm = "ortho"
-    sampling: Sampling = "top"
-    gamma: float = 3.0
+    sampling: Sampling = "power"
+    gamma: float = 1.5
     rearrange: Literal["nearest_neighbor", "none"] = "nearest_neighbor"
     distance: Distance = "cosine"
     signs: bool = True
