@@ -70,12 +70,13 @@ class Protocol:
         )  # fmt: skip
 
 
-def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, trials: int = 5) -> None:
     """What every comparison by trained cells takes."""
     add = parser.add_argument
     add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
     add_subject_arguments(parser)
     add("--seeds", type=int, default=2, help="trainings on every subject")
+    add("--trials", type=int, default=trials, help="learning rates that every method may try")
     add(
         "--n_frequency",
         type=amount,

@@ -246,9 +246,9 @@ def test_every_variant_of_the_ablation_is_one_of_its_own() -> None:
 
 def test_ablation_reports(tmp_path) -> None:
     options = [
-        "ablation", "--groups", "coefficients", "--subjects", "mittens", "--seeds", "1", "--steps", "2", "--batch",
-        "1", "--images_per_prompt", "2", "--drift_images", "1", "--sampling_steps", "1", "--device", "cpu",
-        "--output_dir", str(tmp_path),
+        "ablation", "--groups", "coefficients", "--subjects", "mittens", "--development", "perk", "--trials", "1",
+        "--seeds", "1", "--steps", "2", "--batch", "1", "--images_per_prompt", "2", "--drift_images", "1",
+        "--sampling_steps", "1", "--device", "cpu", "--output_dir", str(tmp_path),
     ]  # fmt: skip
     assert main(options) == 0
     report = json.loads((tmp_path / "ablation.json").read_text())
