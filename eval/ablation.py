@@ -24,10 +24,10 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "gamma": {f"gamma {g}": ("--gamma", g) for g in ("0.5", "1", "2", "3", "5")},
     "n": {f"n {n}": ("--n_frequency", n) for n in ("0.005", "0.01", "0.04", "0.08")},
     "prior": {
-        "gradient": ("--estimate", "gradient"),
+        "three times the draws": ("--estimate_draws", "24"),
         "normalized": ("--estimate", "normalized"),
         # One step a draw of each of the toybox's six photos.
-        **{f"{6 * draws} steps": ("--estimate_draws", str(draws)) for draws in (1, 2, 4, 24)},
+        **{f"{6 * n} steps": ("--estimate", "full", "--estimate_draws", str(n)) for n in (1, 2, 4, 8)},
     },
     "coefficients": {"real": ("--coefficients", "real")},
     "norm": {"backward": ("--norm", "backward", "--scaling", "100")},

@@ -64,14 +64,14 @@ def constructions(seed: int = 0) -> list[Construction]:
         "+ complex": {"coefficients": "complex"},
         "+ cosine distance": {"distance": "cosine"},
         "+ signs": {"signs": True},
-        "+ 2-opt": {"refine": "2opt"},
+        "default: + 2-opt": {"refine": "2opt", "norm": default.norm, "scaling": default.scaling},
     }.items():
         steps.append(Construction(name, "gradient", replace(steps[-1].config, **change)))
     return [
         *steps,
-        Construction("+ normalised prior", "normalized", default),
-        Construction("default: + prior of 48 steps of full fine-tuning", "full", default),
-        Construction("default, three times the steps", "full, three times", default),
+        Construction("default, normalised prior", "normalized", default),
+        Construction("default, prior of 48 steps of full fine-tuning", "full", default),
+        Construction("default, prior of three times the steps", "full, three times", default),
         Construction("paper, ordered by the true change", "true change", paper),
         Construction("default, ordered by the true change", "true change", default),
     ]

@@ -95,4 +95,4 @@ def test_constructions_go_from_the_paper_to_the_default() -> None:
 
     built = {c.name: c.config for c in constructions()}
     assert built["paper: nearest neighbour, real"] == S2FTConfig.from_preset("paper")
-    assert built["default: + prior of 48 steps of full fine-tuning"] == S2FTConfig.from_preset("default")
+    assert built["default: + 2-opt"] == S2FTConfig.from_preset("default")

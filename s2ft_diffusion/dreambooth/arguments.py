@@ -81,7 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--distance", choices=("cosine", "euclidean"), help="distance between rows, and between columns")
     add("--signs", type=_yes_no, metavar="yes|no", help="let rows and columns be negated")
     add("--refine", choices=("2opt", "none"), help="how the order is refined")
-    add("--estimate", choices=("gradient", "normalized", "full"), help="how the weight change is pre-estimated")
+    add(
+        "--estimate",
+        choices=("gradient", "normalized", "full"),
+        default="gradient",
+        help="how the weight change is pre-estimated",
+    )
     add(
         "--estimate_draws", type=int, default=8, help="noise and timestep draws per image; with 'full', steps per image"
     )
@@ -96,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_train_epochs", type=int, help="passes over the instance images, instead of --max_train_steps")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="save memory, at the cost of time")
-    add("--learning_rate", type=float, help="by default what was measured for the preset")
+    add("--learning_rate", type=float, default=LEARNING_RATE, help="the highest learning rate")
     add("--scale_lr", action="store_true", help="scale the rate by processes, accumulation and batch size")
     add("--lr_scheduler", choices=SCHEDULERS, default="constant", help="how the learning rate goes on")
     add("--lr_warmup_steps", type=int, default=0, help="steps of warm-up of the scheduler")
@@ -130,27 +135,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# What measured best on the embedded base; the paper's rate follows from it: see docs/learning-rate.md.
-MEASURED = {
-    "default": {"learning_rate": 1e-3, "estimate": "full"},
-    "paper": {"learning_rate": 1e-3, "estimate": "gradient"},
-}
+LEARNING_RATE = 1e-3  # what measured best on the embedded base, for both presets: docs/learning-rate.md
 DEFAULT_STEPS = 500
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; raises InputError for flags that contradict each other.
 
-    Fills in what depends on other flags: the prompt, and the preset's learning rate and estimate.
+    Fills in the prompt, which depends on the folder.
     """
     args = build_parser().parse_args(argv)
     args.prompt_was_given = args.instance_prompt is not None
     if not args.prompt_was_given:
         args.instance_prompt = f"a photo of sks {folder_words(args.instance_dir)}"
     args.processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for name, value in MEASURED[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     _check(args)
     return args
 
