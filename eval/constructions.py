@@ -64,11 +64,11 @@ def constructions(seed: int = 0) -> list[Construction]:
         "+ complex": {"coefficients": "complex"},
         "+ cosine distance": {"distance": "cosine"},
         "+ signs": {"signs": True},
-        "default: + 2-opt": {"refine": "2opt", "norm": default.norm, "scaling": default.scaling},
     }.items():
         steps.append(Construction(name, "gradient", replace(steps[-1].config, **change)))
     return [
         *steps,
+        Construction("default: + 2-opt", "gradient", default),
         Construction("default, normalised prior", "normalized", default),
         Construction("default, prior of 48 steps of full fine-tuning", "full", default),
         Construction("default, prior of three times the steps", "full, three times", default),

@@ -25,6 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scaling": 100.0,  # the paper does not say; docs/learning-rate.md
         "coefficients": "real",
         "norm": "backward",
+        "sampling": "power",
+        "gamma": 1.5,
         "distance": "euclidean",
         "signs": False,
         "refine": None,
@@ -49,7 +51,7 @@ class S2FTConfig(PeftConfig):
         sampling: how positions are chosen: "power" (drawn by Eq. 7), "top" (the prior's largest), "low_frequency" or
             "random". Without a prior, as after plain construction, the first two draw as "low_frequency" does until
             `initialize_s2ft_weights` has been called.
-        gamma: exponent of the sampling probability (Eq. 7).
+        gamma: exponent of the sampling probability (Eq. 7; 1.5 in the paper).
         rearrange: "nearest_neighbor" (Alg. 1) or "none" (the identity: FourierFT's setting).
         distance: between rows and between columns: "cosine" or "euclidean" (the paper).
         signs: let rows and columns be negated where that brings them nearer to their neighbours.

@@ -237,8 +237,9 @@ def _estimate_by_training(
                 weight.grad = None
                 _sum_over_processes(change[name].grad)
             norm = nn.utils.get_total_norm([matrix.grad for matrix in change.values()])
+            norm = torch.where(norm == 0, 1.0, norm)
             for matrix in change.values():
-                matrix.grad.div_(norm.to(matrix.device) if norm > 0 else 1.0)
+                matrix.grad.div_(norm.to(matrix.device))
             optimizer.step()
             growing.step()
             with torch.no_grad():

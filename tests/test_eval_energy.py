@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,4 +97,7 @@ def test_constructions_go_from_the_paper_to_the_default() -> None:
 
     built = {c.name: c.config for c in constructions()}
     assert built["paper: nearest neighbour, real"] == S2FTConfig.from_preset("paper")
-    assert built["default: + 2-opt"] == S2FTConfig.from_preset("default")
+    default = S2FTConfig.from_preset("default")
+    assert built["default: + 2-opt"] == default
+    last = replace(built["+ signs"], refine="2opt", norm=default.norm, scaling=default.scaling)
+    assert last == default  # one change at a time, but for the size of the change
