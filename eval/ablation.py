@@ -21,13 +21,13 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "low frequency": ("--sampling", "low_frequency"),
         "the largest": ("--sampling", "top"),
     },
-    "gamma": {f"gamma {g}": ("--gamma", g) for g in ("0.5", "1", "2", "3", "5")},
+    "gamma": {f"gamma {g}": ("--gamma", g) for g in ("0.5", "1", "1.5", "3", "5")},
     "n": {f"n {n}": ("--n_frequency", n) for n in ("0.005", "0.01", "0.04", "0.08")},
     "prior": {
-        "three times the draws": ("--estimate_draws", "24"),
+        "gradient": ("--estimate", "gradient"),
         "normalized": ("--estimate", "normalized"),
         # One step a draw of each of the toybox's six photos.
-        **{f"{6 * n} steps": ("--estimate", "full", "--estimate_draws", str(n)) for n in (1, 2, 4, 8)},
+        **{f"{6 * n} steps": ("--estimate_draws", str(n)) for n in (1, 2, 4, 24)},
     },
     "coefficients": {"real": ("--coefficients", "real")},
     "norm": {"backward": ("--norm", "backward", "--scaling", "100")},

@@ -1,7 +1,9 @@
-"""Cells of a comparison: one method at one learning rate on one subject and seed, trained, pictured and scored.
+"""Cells of a comparison: one method at one learning rate on one subject and seed, trained, pictured and scored; and
+trials, which are trained on some of a subject's photos and judged by the others.
 
-Each has a folder of its own with `cell.json`, which is there once all of it is finished, its images, and its weights
-(but for full fine-tuning). Any number of processes may work on the same cells: a file lock says who is at one.
+Each has a folder of its own with `cell.json`, which is there once all of it is finished; a cell's has its images as
+well, and its weights but for full fine-tuning. Any number of processes may work on the same ones: a file lock says who
+is at one.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ import json
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 from PIL import Image
 
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import find_images
 
 from .encoders import Encoders
 from .generation import claim, load_pipeline, make_images, read_images
@@ -27,9 +30,10 @@ from .prompts import drift_prompts
 from .protocol import Protocol, Subject, make_protocol
 from .score import encoders_for
 from .scores import add_drift, score_images, score_real
-from .training import train
+from .training import held_out_loss, train
 
 RESULT, FAILURE = "cell.json", "failure.txt"
+HELD_OUT = 3  # one photo in so many is not shown in a trial
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,12 @@ class Cell:
     subject: Subject
     seed: int
 
+    kept_in: ClassVar[str] = "cells"
+
     @property
     def folder(self) -> Path:
         rate = f"{self.rate:.2e}" if self.method.trains else "base"
-        return self.root / "cells" / self.method.name / rate / f"{self.subject.name}-{self.seed}"
+        return self.root / self.kept_in / self.method.name / rate / f"{self.subject.name}-{self.seed}"
 
     @property
     def images(self) -> Path:
@@ -71,6 +77,15 @@ class Cell:
         return f"{self.method.name}{rate}, {self.subject.name}, seed {self.seed}"
 
 
+class Trial(Cell):
+    """A training that is judged by the photos it was not shown; without images."""
+
+    kept_in = "trials"
+
+    def __str__(self) -> str:
+        return f"trial of {super().__str__()}"
+
+
 class Laboratory:
     """Makes cells: with the protocol, the encoders and a device at hand."""
 
@@ -78,10 +93,28 @@ class Laboratory:
         self.protocol, self.encoders, self.device = protocol, encoders, device
 
     def make(self, cell: Cell) -> None:
-        """Train, picture and score a cell; its result is written last."""
+        """Make a cell or a trial; its result is written last."""
         begun = time.perf_counter()
-        protocol, subject = self.protocol, cell.subject
         cell.folder.mkdir(parents=True, exist_ok=True)
+        found = self._try_out(cell) if isinstance(cell, Trial) else self._picture(cell)
+        result = {
+            "method": cell.method.name, "definition": cell.method.definition(), "rate": cell.rate,
+            "subject": cell.subject.name, "seed": cell.seed, **found,
+            "cell_seconds": round(time.perf_counter() - begun, 2),
+        }  # fmt: skip
+        temporary = cell.folder / f"{RESULT}.tmp"
+        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        temporary.replace(cell.folder / RESULT)
+        (cell.folder / FAILURE).unlink(missing_ok=True)
+
+    def _try_out(self, trial: Trial) -> dict[str, Any]:
+        photos = len(find_images(trial.subject.photos))
+        run = replace(self.protocol.run(trial.subject, trial.seed), held_out=max(1, photos // HELD_OUT))
+        return {"held_out_loss": held_out_loss(trial.method, trial.rate, run, self.device)}
+
+    def _picture(self, cell: Cell) -> dict[str, Any]:
+        """Train, picture and score."""
+        protocol, subject = self.protocol, cell.subject
         for leftover in cell.images.rglob("*.png"):  # of a run that was stopped: its weights are gone
             leftover.unlink()
         trained = train(cell.method, cell.rate, protocol.run(subject, cell.seed), self.device)
@@ -97,18 +130,12 @@ class Laboratory:
         scores = score_images(self.encoders, real, made)
         base = Cell(cell.root, BASE, 0.0, subject, 0)
         add_drift(scores, self.encoders, *(_images(c, away, few) for c in (base if cell.method.trains else cell, cell)))
-        result = {
-            "method": cell.method.name, "definition": cell.method.definition(), "rate": cell.rate,
-            "subject": subject.name, "seed": cell.seed, "trainable": trained.trainable, "share": trained.share,
-            "bytes": trained.bytes, "seconds": round(trained.seconds, 2),
-            "peak_mb": round(trained.peak_bytes / 1e6, 1), "cell_seconds": round(time.perf_counter() - begun, 2),
+        return {
+            "trainable": trained.trainable, "share": trained.share, "bytes": trained.bytes,
+            "seconds": round(trained.seconds, 2), "peak_mb": round(trained.peak_bytes / 1e6, 1),
             "scores": scores.to_json(), "real": score_real(self.encoders, real).to_json(),
             "losses": [round(value, 5) for value in trained.losses],
         }  # fmt: skip
-        temporary = cell.folder / f"{RESULT}.tmp"
-        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        temporary.replace(cell.folder / RESULT)
-        (cell.folder / FAILURE).unlink(missing_ok=True)
 
     def make_bases(self, root: Path, subjects: Sequence[Subject]) -> list[Cell]:
         """The finished cells of the base itself, beside which all others are scored. Raises RuntimeError."""

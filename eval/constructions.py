@@ -64,14 +64,15 @@ def constructions(seed: int = 0) -> list[Construction]:
         "+ complex": {"coefficients": "complex"},
         "+ cosine distance": {"distance": "cosine"},
         "+ signs": {"signs": True},
+        "+ 2-opt": {"refine": "2opt", "norm": default.norm, "scaling": default.scaling},
     }.items():
         steps.append(Construction(name, "gradient", replace(steps[-1].config, **change)))
     return [
         *steps,
-        Construction("default: + 2-opt", "gradient", default),
-        Construction("default, normalised prior", "normalized", default),
-        Construction("default, prior of 48 steps of full fine-tuning", "full", default),
-        Construction("default, prior of three times the steps", "full, three times", default),
+        Construction("+ normalised prior", "normalized", steps[-1].config),
+        Construction("+ prior of 48 steps of full fine-tuning", "full", steps[-1].config),
+        Construction(f"default: + γ = {default.gamma:g}", "full", default),
+        Construction("default, three times the steps", "full, three times", default),
         Construction("paper, ordered by the true change", "true change", paper),
         Construction("default, ordered by the true change", "true change", default),
     ]

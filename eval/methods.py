@@ -62,7 +62,7 @@ METHODS = (
     Method("fourierft", "FourierFT", "fourierft", 1e-2),
     Method("waveft", "WaveFT", "waveft", 1e-3),
     Method("s2ft-paper", "S²FT, paper", "s2ft", 1e-2, ("--preset", "paper")),
-    Method("s2ft-default", "S²FT, default", "s2ft", 1e-2, ("--preset", "default")),
+    Method("s2ft-default", "S²FT, default", "s2ft", 3e-3, ("--preset", "default")),
 )
 
 

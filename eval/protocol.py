@@ -142,6 +142,9 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
             raise InputError(f"There is no subject {name!r}; there are {', '.join(known)}.")
     if both := set(development) & set(subjects):
         raise InputError(f"Learning rates must be chosen on other subjects than are compared: {sorted(both)}.")
+    for name in development:
+        if len(find_images(known[name].photos)) < 2:
+            raise InputError(f"{known[name].photos}: learning rates are chosen by photos that are held out; give two.")
     return [known[name] for name in development], [known[name] for name in subjects]
 
 

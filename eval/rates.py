@@ -9,10 +9,10 @@ STEP = math.sqrt(10)
 
 
 def next_rate(start: float, tried: Mapping[float, float]) -> float:
-    """Which rate to try after those tried (rate to score, higher is better).
+    """Which rate to try after those tried (rate to loss).
 
     From the start up and down in steps of half a decade until the best rate has been passed on both sides; then halves
-    of a step around the best one. Where a rate did not train at all, its score is -inf.
+    of a step around the best one. Where a rate did not train at all, its loss is inf.
     """
     if not tried:
         return start
@@ -25,5 +25,5 @@ def next_rate(start: float, tried: Mapping[float, float]) -> float:
 
 
 def best_rate(tried: Mapping[float, float]) -> float:
-    """The rate with the highest score; of equals the lowest, since what fails fails for rates that are too high."""
-    return max(tried, key=lambda rate: (tried[rate], -rate))
+    """The rate with the lowest loss; of equals the lowest, since what fails fails for rates that are too high."""
+    return min(tried, key=lambda rate: (tried[rate], rate))

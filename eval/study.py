@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from s2ft_diffusion.dreambooth.errors import InputError
 
-from .cells import Cell, Laboratory, open_laboratory
+from .cells import Cell, Laboratory, Trial, open_laboratory
 from .methods import BASE, Method
 from .protocol import Protocol, Subject, find_subjects, work_alone
 from .rates import best_rate, next_rate
@@ -55,8 +56,8 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
     development, subjects = find_subjects(args)
     laboratory = open_laboratory(args)
     cell = partial(Cell, args.output_dir)
-    bases = laboratory.make_bases(args.output_dir, [*subjects, *development])[: len(subjects)]
-    trials, failed = _try_rates(laboratory, cell, methods, development, args.trials)
+    bases = laboratory.make_bases(args.output_dir, subjects)
+    trials, failed = _try_rates(laboratory, partial(Trial, args.output_dir), methods, development, args.trials)
     rates = {name: best_rate(tried) for name, tried in trials.items()}
     cells = [cell(m, rates[m.name], s, n) for n in range(args.seeds) for s in subjects for m in methods]
     failed += laboratory.make_all(cells)
@@ -66,7 +67,8 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
         "command": shlex.join(["python", "-m", "eval", *sys.argv[1:]]),
         "protocol": asdict(laboratory.protocol), "development": [s.name for s in development],
         "subjects": [s.name for s in subjects], "seeds": args.seeds,
-        **summarize([BASE, *methods], [*bases, *cells], beside), "trials": trials, "rates": rates,
+        **summarize([BASE, *methods], [*bases, *cells], beside), "rates": rates,
+        "trials": {m: {r: v if v < math.inf else None for r, v in tried.items()} for m, tried in trials.items()},
         "failed": [{"cell": str(c), "error": c.failure()} for c in failed],
     }  # fmt: skip
     return Study(laboratory.protocol, subjects, bases, cells, report)
@@ -74,32 +76,19 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
 
 def _try_rates(
     laboratory: Laboratory,
-    cell: partial[Cell],
+    trial: Callable[[Method, float, Subject, int], Trial],
     methods: Sequence[Method],
     development: Sequence[Subject],
-    trials: int,
+    count: int,
 ) -> tuple[dict[str, dict[float, float]], list[Cell]]:
-    """Each method's rates with their merits, as many for each; and the cells that failed."""
+    """Each method's rates with their mean held-out loss, as many for each; and the trials that failed."""
     tried: dict[str, dict[float, float]] = {method.name: {} for method in methods}
     failed: list[Cell] = []
-    for _ in range(trials):
+    for _ in range(count):
         rates = {method: next_rate(method.rate, tried[method.name]) for method in methods}
-        failed += laboratory.make_all([cell(m, r, s, 0) for s in development for m, r in rates.items()])
+        trials = {method: [trial(method, rate, s, 0) for s in development] for method, rate in rates.items()}
+        failed += laboratory.make_all([t for same in zip(*trials.values(), strict=True) for t in same])
         for method, rate in rates.items():
-            found = [(cell(method, rate, s, 0), cell(BASE, 0.0, s, 0)) for s in development]
-            tried[method.name][rate] = statistics.fmean(merit(*pair) for pair in found)
+            found = [t.result() for t in trials[method]]
+            tried[method.name][rate] = statistics.fmean(r["held_out_loss"] if r else math.inf for r in found)
     return tried, failed
-
-
-def merit(cell: Cell, base: Cell) -> float:
-    """What chooses a learning rate: the harmonic mean of likeness to the subject and faithfulness to the prompt.
-
-    Likeness is the share of the way from the base's images to the real photos, the mean of DINO's and CLIP-I's;
-    faithfulness is CLIP-T relative to the base's. -inf for a cell that failed.
-    """
-    found, start = cell.result(), base.result()
-    if found is None or start is None:
-        return float("-inf")
-    scores, before, real = found["scores"], start["scores"], found["real"]
-    way = [(scores[m] - before[m]) / (real[m] - before[m]) for m in ("dino", "clip_i")]
-    return statistics.harmonic_mean([max(statistics.fmean(way), 0.0), max(scores["clip_t"] / before["clip_t"], 0.0)])

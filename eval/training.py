@@ -37,12 +37,16 @@ from s2ft_diffusion.prior import estimate_prior, place_from_prior
 from .methods import Method, peft_config
 
 ADAPTER = "default"
+HELD_OUT_DRAWS = 32  # of each photo that is not trained on
 ALONE = SimpleNamespace(process_index=0, num_processes=1)  # a run is one process's, however many share the work
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained on: a base, a subject's photos under a prompt, for so many steps of so many images."""
+    """What is trained on: a base, a subject's photos under a prompt, for so many steps of so many images.
+
+    The last `held_out` photos are not trained on.
+    """
 
     base: str
     photos: Path
@@ -53,6 +57,7 @@ class Run:
     steps: int = 300
     batch: int = 4
     resolution: int | None = None
+    held_out: int = 0
 
 
 @dataclass
@@ -96,12 +101,18 @@ class Session:
         self.base = load_base(self.plan)
         for model in (self.base.unet, self.base.vae, self.base.text_encoder):
             model.to(device)
-        images = SquareImages(find_images(run.photos), self.plan.resolution, center_crop=True)
-        self.source = LatentSource(images, self.base.vae)
-        self.source.keep_all((False,))
-        self.stream = DrawStream("instance", run.seed, len(images), self.plan.latent_shape, random_flip=False)
+        photos = find_images(run.photos)
+        count = len(photos) - run.held_out
+        self.source, self.stream = self._photos("instance", photos[:count])
+        self.held_out = self._photos("held out", photos[count:])
         prompts = Prompts(self.base.tokenizer, self.base.text_encoder)
         self.loss = DiffusionLoss(self.base.unet, self.base.scheduler, prompts)
+
+    def _photos(self, name: str, paths: list[Path]) -> tuple[LatentSource, DrawStream]:
+        images = SquareImages(paths, self.plan.resolution, center_crop=True)
+        source = LatentSource(images, self.base.vae)
+        source.keep_all((False,))
+        return source, DrawStream(name, self.run.seed, len(paths), self.plan.latent_shape, random_flip=False)
 
     @property
     def unet(self) -> UNet2DConditionModel:
@@ -119,6 +130,15 @@ class Session:
         """The samples of an optimizer step."""
         numbers = range(step * self.run.batch, (step + 1) * self.run.batch)
         return [(self.stream.sample(i), self.source, self.run.instance_prompt, 1.0) for i in numbers]
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The mean loss on the photos that are not trained on, with draws that are the same for every method."""
+        source, stream = self.held_out
+        draws = stream.stratified(HELD_OUT_DRAWS)
+        batches = [draws[i : i + self.run.batch] for i in range(0, len(draws), self.run.batch)]
+        total = sum(len(b) * float(self.loss([(d, source, self.run.instance_prompt, 1.0) for d in b])) for b in batches)
+        return total / len(draws)
 
     def attach(self, method: Method) -> None:
         """Make trainable what the method trains."""
@@ -142,24 +162,41 @@ def train(method: Method, rate: float, run: Run, device: str = "cpu") -> Trained
     with peak_memory(device) as peak:
         begun = time.perf_counter()
         session.attach(method)
-        parameters = [p for p in session.unet.parameters() if p.requires_grad]
         if method.trains:
-            optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-            for step in tqdm(range(run.steps), desc=f"{method.name} {rate:.1e}", mininterval=1):
-                value = session.loss(session.batch(step))
-                value.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(float(value.detach()))
-                if not torch.isfinite(value):
-                    raise Diverged(f"The loss of {method.name} is {losses[-1]} at step {step + 1}, rate {rate:g}.")
-            del optimizer
+            losses = _fit(session, method, rate)
         seconds = time.perf_counter() - begun
-    trainable = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in session.unet.parameters() if p.requires_grad)
     weights, length = _stored(session.unet, method)
     merge(session.unet)
     return Trained(session.base, trainable, trainable / size, weights, length, seconds, peak.bytes, losses)
+
+
+def held_out_loss(method: Method, rate: float, run: Run, device: str = "cpu") -> float:
+    """Train a method, and what it does to the loss on the photos it was not shown, relative to the base's: below 1 it
+    has learned what the photos have in common, above 1 those that it saw by heart. Raises Diverged as `train` does.
+    """
+    session = Session(run, method.flags, device)
+    before = session.held_out_loss()
+    session.attach(method)
+    _fit(session, method, rate)
+    return session.held_out_loss() / before
+
+
+def _fit(session: Session, method: Method, rate: float) -> list[float]:
+    """Train what is attached; returns every step's loss."""
+    parameters = [p for p in session.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    losses: list[float] = []
+    for step in tqdm(range(session.run.steps), desc=f"{method.name} {rate:.1e}", mininterval=1):
+        value = session.loss(session.batch(step))
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(value.detach()))
+        if not torch.isfinite(value):
+            raise Diverged(f"The loss of {method.name} is {losses[-1]} at step {step + 1}, rate {rate:g}.")
+    return losses
 
 
 def merge(unet: nn.Module) -> None:

@@ -70,7 +70,7 @@ class S2FTConfig(PeftConfig):
     coefficients: CoefficientKind = "complex"
     norm: Norm = "ortho"
     sampling: Sampling = "power"
-    gamma: float = 1.5
+    gamma: float = 2.0
     rearrange: Literal["nearest_neighbor", "none"] = "nearest_neighbor"
     distance: Distance = "cosine"
     signs: bool = True

@@ -20,23 +20,24 @@ from eval.__main__ import main
 from eval.methods import LORA_NUMBERS, METHODS, Method, lora_rank, numbers, peft_config
 from eval.rates import STEP, best_rate, next_rate
 from eval.statistics import mean_and_error, paired_difference
-from eval.training import peak_memory
+from eval.training import Run, Session, held_out_loss, peak_memory, train
 from s2ft_diffusion.attention import attention_targets
+from s2ft_diffusion.toybox.subjects import write_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def search(score, start: float, trials: int) -> dict[float, float]:
+def search(loss, start: float, trials: int) -> dict[float, float]:
     tried: dict[float, float] = {}
     for _ in range(trials):
         rate = next_rate(start, tried)
-        tried[rate] = score(rate)
+        tried[rate] = loss(rate)
     return tried
 
 
 @pytest.mark.parametrize("optimum", [1e-4, 1e-3, 2e-3, 1e-2])
 def test_the_search_for_a_rate_passes_the_optimum(optimum) -> None:
-    tried = search(lambda rate: -abs(math.log(rate / optimum)), 1e-3, 5)
+    tried = search(lambda rate: abs(math.log(rate / optimum)), 1e-3, 5)
     assert len(tried) == 5
     best = best_rate(tried)
     assert abs(math.log10(best / optimum)) <= 0.25 + 1e-6
@@ -45,7 +46,7 @@ def test_the_search_for_a_rate_passes_the_optimum(optimum) -> None:
 
 
 def test_a_rate_that_fails_is_gone_away_from() -> None:
-    tried = search(lambda rate: float("-inf") if rate > 2e-3 else rate, 1e-2, 3)
+    tried = search(lambda rate: math.inf if rate > 2e-3 else 1 - rate, 1e-2, 3)
     assert best_rate(tried) == pytest.approx(1e-2 / STEP / STEP)
 
 
@@ -94,7 +95,7 @@ def test_sizes_are_in_the_relation_that_is_compared(pipe) -> None:
 def test_a_method_knows_when_it_has_become_another() -> None:
     default, paper = (m.definition() for m in METHODS if m.kind == "s2ft")
     assert default != paper
-    changed = Method("s2ft-default", "another title", "s2ft", 1.0, ("--preset", "default", "--gamma", "2"))
+    changed = Method("s2ft-default", "another title", "s2ft", 1.0, ("--preset", "default", "--gamma", "3"))
     assert changed.definition() != METHODS[-1].definition()
     assert Method("s2ft-default", "x", "s2ft", 9.0, ("--preset", "default")).definition() == METHODS[-1].definition()
 
@@ -105,6 +106,21 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
         block = torch.ones(50 * 2**20 // 4)
         del block
     assert 45 * 2**20 < peak.bytes < 80 * 2**20
+
+
+def test_photos_that_are_held_out_are_not_trained_on(tmp_path) -> None:
+    write_photos("perk", tmp_path / "all")
+    write_photos("perk", tmp_path / "some")
+    for path in sorted((tmp_path / "some").iterdir())[-2:]:
+        path.unlink()
+    lora = next(m for m in METHODS if m.kind == "lora")
+    common = {"base": "toybox", "instance_prompt": "a photo of sks dog", "seed": 0, "n_frequency": 0.02, "steps": 2}
+    held_out, fewer = Run(photos=tmp_path / "all", held_out=2, **common), Run(photos=tmp_path / "some", **common)
+    assert train(lora, 1e-3, held_out).losses == pytest.approx(train(lora, 1e-3, fewer).losses, rel=1e-5)
+    assert held_out_loss(lora, 0.0, held_out) == 1.0
+    assert held_out_loss(lora, 1e-3, held_out) != 1.0
+    one, other = (Session(held_out, method.flags).held_out_loss() for method in (lora, METHODS[-1]))
+    assert one == pytest.approx(other, rel=1e-5)  # all methods are judged by the same draws
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -143,8 +159,13 @@ def test_compare_writes_what_it_promises(compared) -> None:
         with Image.open(compared / f"{name}.png") as image:
             assert min(image.size) > 200
     kept = compared / "cells" / "s2ft-default"
-    assert len(list(kept.rglob("weights.safetensors"))) == 2  # a development subject and another
-    assert len(list(kept.rglob("*.png"))) == 2 * (14 * 2 + 8)
+    assert len(list(kept.rglob("weights.safetensors"))) == 1
+    assert len(list(kept.rglob("*.png"))) == 14 * 2 + 8
+    for method, tried in found["trials"].items():
+        (trial,) = (compared / "trials" / method).rglob("cell.json")
+        assert list(tried.values()) == [json.loads(trial.read_text())["held_out_loss"]]
+        assert "perk-0" in str(trial)
+        assert [path.name for path in trial.parent.iterdir() if path.suffix != ""] == ["cell.json"]
 
 
 def test_compare_goes_on_where_it_stopped(compared, capsys) -> None:
@@ -191,7 +212,7 @@ def test_a_failed_cell_is_reported_left_out_and_tried_again(compared, monkeypatc
 def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    method = ["--methods", "s2ft-default"]
+    method = ["--methods", "s2ft-default", "--subjects", "mittens", "salty"]
     command = [sys.executable, "-m", "eval", *arguments(alone, *method)]
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/two_evaluations.py"]
@@ -202,12 +223,12 @@ def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
         found.append([(c["method"], c["subject"], c["trainable"], c["bytes"]) for c in cells_made])
         scores.append([c["scores"] for c in cells_made])
     assert found[0] == found[1]
-    assert len(found[0]) == 2
+    assert len(found[0]) == 4
     # Which images share a batch, and where they lie in memory, decides the last bits of sums.
     for one, two in zip(*scores, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
     made = [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
-    assert sum(made) == 4 * (14 * 2 + 8)  # two bases, a trial, a training
+    assert sum(made) == 4 * (14 * 2 + 8)  # two bases, two trainings
     assert min(made) > 0
 
 

@@ -98,6 +98,5 @@ def test_constructions_go_from_the_paper_to_the_default() -> None:
     built = {c.name: c.config for c in constructions()}
     assert built["paper: nearest neighbour, real"] == S2FTConfig.from_preset("paper")
     default = S2FTConfig.from_preset("default")
-    assert built["default: + 2-opt"] == default
-    last = replace(built["+ signs"], refine="2opt", norm=default.norm, scaling=default.scaling)
-    assert last == default  # one change at a time, but for the size of the change
+    assert built["default: + γ = 2"] == default
+    assert replace(built["+ prior of 48 steps of full fine-tuning"], gamma=2.0) == default

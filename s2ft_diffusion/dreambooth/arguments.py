@@ -81,12 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--distance", choices=("cosine", "euclidean"), help="distance between rows, and between columns")
     add("--signs", type=_yes_no, metavar="yes|no", help="let rows and columns be negated")
     add("--refine", choices=("2opt", "none"), help="how the order is refined")
-    add(
-        "--estimate",
-        choices=("gradient", "normalized", "full"),
-        default="gradient",
-        help="how the weight change is pre-estimated",
-    )
+    add("--estimate", choices=("gradient", "normalized", "full"), help="how the weight change is pre-estimated")
     add(
         "--estimate_draws", type=int, default=8, help="noise and timestep draws per image; with 'full', steps per image"
     )
@@ -137,17 +132,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 LEARNING_RATE = 1e-3  # what measured best on the embedded base, for both presets: docs/learning-rate.md
 DEFAULT_STEPS = 500
+ESTIMATES = {"default": "full", "paper": "gradient"}  # docs/evaluation.md
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; raises InputError for flags that contradict each other.
 
-    Fills in the prompt, which depends on the folder.
+    Fills in what depends on other flags: the prompt, and the preset's estimate.
     """
     args = build_parser().parse_args(argv)
     args.prompt_was_given = args.instance_prompt is not None
     if not args.prompt_was_given:
         args.instance_prompt = f"a photo of sks {folder_words(args.instance_dir)}"
+    args.estimate = args.estimate or ESTIMATES[args.preset]
     args.processes = int(os.environ.get("WORLD_SIZE", "1"))
     _check(args)
     return args
