@@ -201,7 +201,7 @@ class App:
             progress((done, total), desc="denoising", unit="steps")
             fresh: Any = made if len(made) > shown else gr.skip()  # what has not changed is not sent again
             shown = len(made)
-            yield preview if preview is not None else gr.skip(), fresh, f"step {done} of {total}", gr.skip()
+            yield preview, fresh, f"step {done} of {total}", gr.skip()
         status = "done" if len(made) == settings.images else f"cancelled, {len(made)} of {settings.images} images"
         yield None, made, status, signatures
 
@@ -219,13 +219,13 @@ class App:
         self._cancels[session] = cancel
         shown = 0.0
 
-        def on_step(done: int, total: int, preview: Image.Image | None) -> None:
+        def on_step(done: int, total: int, preview: Callable[[], Image.Image]) -> None:
             nonlocal shown
-            if preview is not None or time.monotonic() - shown >= SHOW_EVERY:
+            if time.monotonic() - shown >= SHOW_EVERY:
                 shown = time.monotonic()
-                events.put(("step", (done, total, preview)))
+                events.put(("step", (done, total, preview())))
 
-        listener = Listener(on_step=on_step, cancelled=cancel.is_set, previews=True)
+        listener = Listener(on_step=on_step, cancelled=cancel.is_set)
 
         def run() -> None:
             try:

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -30,6 +31,7 @@ from s2ft_diffusion.delta_cache import delta_cache
 from . import limits
 from .library import Entry, Library, plain
 from .limits import RequestError
+from .previews import ColourMap
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DDIM": ("DDIMScheduler", {}),
@@ -40,7 +42,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
 KEPT_ADAPTERS = 8
-PREVIEW_SHARE = 0.01  # of the time of a request may be spent on previews
 
 
 class Cancelled(Exception):
@@ -102,11 +103,10 @@ class Settings:
 
 @dataclass
 class Listener:
-    """Told of every denoising step; may ask to stop by setting `cancelled`."""
+    """Told of every denoising step, with a function that makes a preview; may ask to stop by setting `cancelled`."""
 
-    on_step: Callable[[int, int, Image.Image | None], None] = lambda done, total, preview: None
+    on_step: Callable[[int, int, Callable[[], Image.Image]], None] = lambda done, total, preview: None
     cancelled: Callable[[], bool] = lambda: False
-    previews: bool = False
 
 
 @dataclass
@@ -115,7 +115,6 @@ class Worker:
 
     pipe: StableDiffusionPipeline
     loaded: OrderedDict[tuple, str] = field(default_factory=OrderedDict)
-    preview_seconds: float | None = None  # what the latest one took
 
     def activate(self, wanted: list[tuple[Entry, float]]) -> None:
         """Make exactly these adapters count, at these strengths."""
@@ -139,26 +138,6 @@ class Worker:
         return self.loaded[entry.state]
 
 
-class Previews:
-    """Pictures of latents, now and then: they may take `PREVIEW_SHARE` of a request's time."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.worker, self.begun, self.spent = worker, time.perf_counter(), 0.0
-
-    def take(self, latents: torch.Tensor, steps_done: int) -> Image.Image | None:
-        """A picture of latents (n, c, h, w), the first of them, if the time allows one after so many steps."""
-        now = time.perf_counter()
-        cost = self.worker.preview_seconds
-        if cost is None:
-            cost = 0.2 * (now - self.begun) / steps_done  # a guess, until one has been made
-        if self.spent + cost > PREVIEW_SHARE * (now - self.begun):
-            return None
-        picture = _decode(self.worker.pipe, latents)
-        self.worker.preview_seconds = time.perf_counter() - now
-        self.spent += self.worker.preview_seconds
-        return picture
-
-
 class Engine:
     """Pipelines of one base, as many as generations may run at once; each has its own adapters and scheduler."""
 
@@ -174,6 +153,7 @@ class Engine:
 
     def _load(self, pipelines: int) -> StableDiffusionPipeline:
         first = load_base(self.base, self.device, self.dtype)
+        self.preview = ColourMap(first.vae)
         for number in range(pipelines):
             self._workers.put(Worker(first if number == 0 else _copy(first)))
         return first
@@ -200,14 +180,13 @@ class Engine:
                 message = plain(str(error), *(entry.path for entry, _ in wanted))
                 raise RequestError(f"The adapter cannot be used: {message}") from None
             words = _encode(worker.pipe, settings)
-            previews = Previews(worker) if listener.previews else None
             number, total = 0, settings.images * settings.steps
 
             def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
                 if listener.cancelled():
                     raise Cancelled
                 done = number * settings.steps + step + 1
-                listener.on_step(done, total, previews.take(tensors["latents"], done) if previews and step else None)
+                listener.on_step(done, total, partial(self.preview, tensors["latents"]))
                 return tensors
 
             for number in range(settings.images):
@@ -290,8 +269,3 @@ def _encode(pipe: StableDiffusionPipeline, settings: Settings) -> dict[str, torc
         settings.prompt, pipe.device, 1, settings.guidance > 1, settings.negative_prompt or None
     )
     return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
-
-
-def _decode(pipe: StableDiffusionPipeline, latents: torch.Tensor) -> Image.Image:
-    decoded = pipe.vae.decode(latents[:1] / pipe.vae.config.scaling_factor, return_dict=False)[0]
-    return pipe.image_processor.postprocess(decoded, output_type="pil")[0]
