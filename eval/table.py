@@ -57,11 +57,11 @@ def summarize(methods: Sequence[Method], cells: Iterable[Cell], beside: str | No
 def markdown(found: dict[str, Any], own: str) -> str:
     """The table of a report, and the differences of one method from every other."""
     lines = [
-        "| method | " + " | ".join(HEADS.values()) + " | trainable | share | file | seconds | memory |",
-        "| --- |" + " --- |" * (len(HEADS) + 5),
+        "| method | " + " | ".join(HEADS.values()) + " | held out ↓ | trainable | share | file | seconds | memory |",
+        "| --- |" + " --- |" * (len(HEADS) + 6),
     ]
     real = {metric: f"{_plain(found['real'].get(metric))}" for metric in HEADS}
-    lines.append("| real photos | " + " | ".join(real.values()) + " | | | | | |")
+    lines.append("| real photos | " + " | ".join(real.values()) + " | | | | | | |")
     for row in found["rows"]:
         sizes = (
             f"{row['trainable']:,.0f} | {row['share']:.2%} | {row['bytes'] / 1e3:,.0f} kB | {row['seconds']:.0f} | "
@@ -69,7 +69,10 @@ def markdown(found: dict[str, Any], own: str) -> str:
             if row["trainable"]
             else "0 | | | |"
         )
-        lines.append(f"| {row['title']} | " + " | ".join(_plain(row[m]) for m in HEADS) + f" | {sizes} |")
+        losses = [loss for loss in found["trials"].get(row["method"], {}).values() if loss is not None]
+        held_out = f"{min(losses):.3f}" if losses else "–" if row["trainable"] else "1.000"
+        scores = " | ".join(_plain(row[m]) for m in HEADS)
+        lines.append(f"| {row['title']} | {scores} | {held_out} | {sizes} |")
     titles = {row["method"]: row["title"] for row in found["rows"]}
     if own in titles:
         lines += ["", f"{titles[own]}, minus (95 % interval; bold where it excludes zero):", ""]
@@ -82,7 +85,12 @@ def markdown(found: dict[str, Any], own: str) -> str:
     counts = f"{len(found['subjects'])} subjects, {found['seeds']} seeds each; mean ± standard error over trainings"
     rates = ", ".join(f"{titles[name]} {rate:.1e}" for name, rate in found["rates"].items() if name in titles)
     used = ", ".join(f"{key.upper()}: {name}" for key, name in found["protocol"]["encoders"])
-    lines += ["", f"{counts}. Learning rates: {rates}. Drift by LPIPS. Encoders: {used}."]
+    held_out = f"mean loss on photos of {len(found['development'])} other subjects that were not shown"
+    lines += [
+        "",
+        f"{counts}. Learning rates: {rates}. Held out: {held_out}, relative to the base's, at that rate. Drift "
+        f"by LPIPS. Encoders: {used}.",
+    ]
     if found["failed"]:
         lines += ["", f"{len(found['failed'])} trainings failed and are not in the table."]
     return "\n".join(lines)

@@ -154,6 +154,8 @@ def test_compare_writes_what_it_promises(compared) -> None:
     assert found["failed"] == []
     table = (compared / "compare.md").read_text()
     assert "| S²FT, default |" in table
+    (held_out,) = found["trials"]["s2ft-default"].values()
+    assert f"| {held_out:.3f} | 16,204 |" in table
     assert "toybox (unweighted" in table
     for name in ("bars", "tradeoff", "losses", "sheet-mittens"):
         with Image.open(compared / f"{name}.png") as image:
