@@ -36,7 +36,7 @@ from s2ft_diffusion.seeding import seeded
 from s2ft_diffusion.toybox.captions import describe
 from s2ft_diffusion.toybox.pretrain import to_tensor
 from s2ft_diffusion.toybox.subjects import SUBJECTS, Subject
-from s2ft_diffusion.toybox.world import BACKGROUNDS, random_scene, render
+from s2ft_diffusion.toybox.world import random_scene, render
 
 PRESETS = ("default", "paper")
 DEVELOPMENT = ("perk", "trek")
@@ -47,13 +47,7 @@ DRAWS = 8
 
 def pictures(subject: Subject) -> dict[str, list[tuple[Image.Image, str]]]:
     """Pictures with prompts, by what a loss on them means."""
-    rng = random.Random(f"{subject.name} unseen")
-    scenes = [name for name in BACKGROUNDS if name not in subject.photo_backgrounds()]
-    unseen = [
-        (render(subject.scene(name).posed(rng)), f"{subject.instance_prompt} {BACKGROUNDS[name]}")
-        for name in scenes
-        for _ in range(2)
-    ]
+    unseen = [(picture, f"{subject.instance_prompt} {place}") for picture, place in subject.pictures_elsewhere()]
     ordinary = [random_scene(random.Random(HELD_OUT + i)) for i in range(12)]
     return {
         "photos": [(photo, subject.instance_prompt) for photo in subject.photos()],

@@ -1,5 +1,5 @@
 """Cells of a comparison: one method at one learning rate on one subject and seed, trained, pictured and scored; and
-trials, which are trained on some of a subject's photos and judged by the others.
+trials, which are judged by pictures that they were not shown.
 
 Each has a folder of its own with `cell.json`, which is there once all of it is finished; a cell's has its images as
 well, and its weights but for full fine-tuning. Any number of processes may work on the same ones: a file lock says who
@@ -21,7 +21,6 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.images import find_images
 
 from .encoders import Encoders
 from .generation import claim, load_pipeline, make_images, read_images
@@ -33,7 +32,6 @@ from .scores import add_drift, score_images, score_real
 from .training import held_out_loss, train
 
 RESULT, FAILURE = "cell.json", "failure.txt"
-HELD_OUT = 3  # one photo in so many is not shown in a trial
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Cell:
 
 
 class Trial(Cell):
-    """A training that is judged by the photos it was not shown; without images."""
+    """A training that is judged by pictures it was not shown, and makes none itself."""
 
     kept_in = "trials"
 
@@ -108,8 +106,7 @@ class Laboratory:
         (cell.folder / FAILURE).unlink(missing_ok=True)
 
     def _try_out(self, trial: Trial) -> dict[str, Any]:
-        photos = len(find_images(trial.subject.photos))
-        run = replace(self.protocol.run(trial.subject, trial.seed), held_out=max(1, photos // HELD_OUT))
+        run = replace(self.protocol.run(trial.subject, trial.seed), held_out=trial.subject.held_out())
         return {"held_out_loss": held_out_loss(trial.method, trial.rate, run, self.device)}
 
     def _picture(self, cell: Cell) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
-from s2ft_diffusion.toybox.subjects import SUBJECTS, write_photos
+from s2ft_diffusion.toybox.subjects import SUBJECTS
 
 from .generation import Sampling
 from .prompts import Prompt, read_classes, read_templates, toybox_templates
@@ -27,11 +29,23 @@ DEVELOPMENT = ("perk", "trek", "bolt")
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose photos are learned: the folder they lie in, and the class."""
+    """Whose photos are learned: the folder they lie in, and the class.
+
+    `elsewhere` are pictures of it that are not among the photos, each with the words that its scene adds to the prompt.
+    """
 
     name: str
     class_name: str
     photos: Path
+    elsewhere: tuple[tuple[Path, str], ...] = ()
+
+    def held_out(self) -> tuple[tuple[Path, str], ...]:
+        """What a trial is judged by: the pictures of it elsewhere, or else a third of its photos.
+
+        Those are then not trained on, and no words say what else is to be seen in them.
+        """
+        photos = find_images(self.photos)
+        return self.elsewhere or tuple((path, "") for path in photos[-max(1, len(photos) // 3) :])
 
     def real(self) -> list[Image.Image]:
         """Its photos."""
@@ -107,19 +121,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
 def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject]]:
     """The development subjects and those to compare on. Raises InputError for names that are not there."""
     if args.subjects_dir is None:
-        folder = args.output_dir / "subjects"
-        known = {}
-        for name, subject in SUBJECTS.items():
-            if not (folder / name).exists():
-                temporary = folder / f".{name}-{os.getpid()}"
-                write_photos(name, temporary)
-                try:
-                    temporary.rename(folder / name)
-                except OSError:  # another process was faster
-                    for path in temporary.iterdir():
-                        path.unlink()
-                    temporary.rmdir()
-            known[name] = Subject(name, subject.kind, folder / name)
+        known = {name: _toy_subject(name, args.output_dir) for name in SUBJECTS}
     else:
         if not args.subjects_dir.is_dir():
             raise InputError(f"--subjects_dir {args.subjects_dir}: there is no such folder.")
@@ -144,8 +146,27 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
         raise InputError(f"Learning rates must be chosen on other subjects than are compared: {sorted(both)}.")
     for name in development:
         if len(find_images(known[name].photos)) < 2:
-            raise InputError(f"{known[name].photos}: learning rates are chosen by photos that are held out; give two.")
+            raise InputError(f"{known[name].photos}: a learning rate is chosen by a photo that is held out; give two.")
     return [known[name] for name in development], [known[name] for name in subjects]
+
+
+def _toy_subject(name: str, folder: Path) -> Subject:
+    """A toybox subject, its pictures in files; several processes may do this at once."""
+    toy = SUBJECTS[name]
+    elsewhere = toy.pictures_elsewhere()
+    images = {"subjects": toy.photos(), "elsewhere": [image for image, _ in elsewhere]}
+    for kind, drawn in images.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        if (folder / kind / name).exists():
+            continue
+        with tempfile.TemporaryDirectory(dir=folder / kind, prefix=".", ignore_cleanup_errors=True) as temporary:
+            for number, image in enumerate(drawn):
+                image.save(Path(temporary) / f"{number:02d}.png")
+            with suppress(OSError):  # another process was faster
+                Path(temporary).rename(folder / kind / name)
+    paths = find_images(folder / "elsewhere" / name)
+    words = [words for _, words in elsewhere]
+    return Subject(name, toy.kind, folder / "subjects" / name, tuple(zip(paths, words, strict=True)))
 
 
 def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protocol:

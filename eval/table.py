@@ -85,7 +85,7 @@ def markdown(found: dict[str, Any], own: str) -> str:
     counts = f"{len(found['subjects'])} subjects, {found['seeds']} seeds each; mean ± standard error over trainings"
     rates = ", ".join(f"{titles[name]} {rate:.1e}" for name, rate in found["rates"].items() if name in titles)
     used = ", ".join(f"{key.upper()}: {name}" for key, name in found["protocol"]["encoders"])
-    held_out = f"mean loss on photos of {len(found['development'])} other subjects that were not shown"
+    held_out = f"mean loss on unseen pictures of {len(found['development'])} other subjects"
     lines += [
         "",
         f"{counts}. Learning rates: {rates}. Held out: {held_out}, relative to the base's, at that rate. Drift "

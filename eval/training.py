@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import math
 import sys
 import tempfile
 import time
@@ -37,7 +38,7 @@ from s2ft_diffusion.prior import estimate_prior, place_from_prior
 from .methods import Method, peft_config
 
 ADAPTER = "default"
-HELD_OUT_DRAWS = 32  # of each photo that is not trained on
+HELD_OUT_DRAWS = 64  # at least, over the pictures that are not trained on
 ALONE = SimpleNamespace(process_index=0, num_processes=1)  # a run is one process's, however many share the work
 
 
@@ -45,7 +46,7 @@ ALONE = SimpleNamespace(process_index=0, num_processes=1)  # a run is one proces
 class Run:
     """What is trained on: a base, a subject's photos under a prompt, for so many steps of so many images.
 
-    The last `held_out` photos are not trained on.
+    What is `held_out`, pictures with the words that follow the prompt in their captions, is not trained on.
     """
 
     base: str
@@ -57,7 +58,7 @@ class Run:
     steps: int = 300
     batch: int = 4
     resolution: int | None = None
-    held_out: int = 0
+    held_out: tuple[tuple[Path, str], ...] = ()
 
 
 @dataclass
@@ -101,14 +102,14 @@ class Session:
         self.base = load_base(self.plan)
         for model in (self.base.unet, self.base.vae, self.base.text_encoder):
             model.to(device)
-        photos = find_images(run.photos)
-        count = len(photos) - run.held_out
-        self.source, self.stream = self._photos("instance", photos[:count])
-        self.held_out = self._photos("held out", photos[count:])
+        held_out = [path for path, _ in run.held_out]
+        photos = [path for path in find_images(run.photos) if path not in held_out]
+        self.source, self.stream = self._pictures("instance", photos)
+        self.held_out = self._pictures("held out", held_out)
         prompts = Prompts(self.base.tokenizer, self.base.text_encoder)
         self.loss = DiffusionLoss(self.base.unet, self.base.scheduler, prompts)
 
-    def _photos(self, name: str, paths: list[Path]) -> tuple[LatentSource, DrawStream]:
+    def _pictures(self, name: str, paths: list[Path]) -> tuple[LatentSource, DrawStream]:
         images = SquareImages(paths, self.plan.resolution, center_crop=True)
         source = LatentSource(images, self.base.vae)
         source.keep_all((False,))
@@ -133,12 +134,13 @@ class Session:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """The mean loss on the photos that are not trained on, with draws that are the same for every method."""
+        """The mean loss on the pictures that are not trained on, with draws that are the same for every method."""
         source, stream = self.held_out
-        draws = stream.stratified(HELD_OUT_DRAWS)
-        batches = [draws[i : i + self.run.batch] for i in range(0, len(draws), self.run.batch)]
-        total = sum(len(b) * float(self.loss([(d, source, self.run.instance_prompt, 1.0) for d in b])) for b in batches)
-        return total / len(draws)
+        captions = [f"{self.run.instance_prompt} {words}".strip() for _, words in self.run.held_out]
+        draws = stream.stratified(math.ceil(HELD_OUT_DRAWS / len(source)))
+        samples = [(draw, source, captions[draw.image], 1.0) for draw in draws]
+        batches = [samples[i : i + self.run.batch] for i in range(0, len(samples), self.run.batch)]
+        return sum(len(batch) * float(self.loss(batch)) for batch in batches) / len(samples)
 
     def attach(self, method: Method) -> None:
         """Make trainable what the method trains."""
@@ -172,8 +174,8 @@ def train(method: Method, rate: float, run: Run, device: str = "cpu") -> Trained
 
 
 def held_out_loss(method: Method, rate: float, run: Run, device: str = "cpu") -> float:
-    """Train a method, and what it does to the loss on the photos it was not shown, relative to the base's: below 1 it
-    has learned what the photos have in common, above 1 those that it saw by heart. Raises Diverged as `train` does.
+    """Train a method, and what that does to the loss on pictures it was not shown, relative to the base's: below 1 it
+    has learned what the subject looks like, above 1 its photos by heart. Raises Diverged as `train` does.
     """
     session = Session(run, method.flags, device)
     before = session.held_out_loss()

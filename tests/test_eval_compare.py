@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ pytest.importorskip("open_clip")
 from eval import ablation, cells, spectrum
 from eval.__main__ import main
 from eval.methods import LORA_NUMBERS, METHODS, Method, lora_rank, numbers, peft_config
+from eval.protocol import Subject, find_subjects
 from eval.rates import STEP, best_rate, next_rate
 from eval.statistics import mean_and_error, paired_difference
 from eval.training import Run, Session, held_out_loss, peak_memory, train
 from s2ft_diffusion.attention import attention_targets
-from s2ft_diffusion.toybox.subjects import write_photos
+from s2ft_diffusion.toybox.subjects import SUBJECTS, write_photos
+from s2ft_diffusion.toybox.world import BACKGROUNDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,19 +111,35 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
     assert 45 * 2**20 < peak.bytes < 80 * 2**20
 
 
-def test_photos_that_are_held_out_are_not_trained_on(tmp_path) -> None:
-    write_photos("perk", tmp_path / "all")
-    write_photos("perk", tmp_path / "some")
-    for path in sorted((tmp_path / "some").iterdir())[-2:]:
+def test_pictures_that_are_held_out_are_not_trained_on(tmp_path) -> None:
+    photos = write_photos("perk", tmp_path / "all")
+    for path in write_photos("perk", tmp_path / "some")[-2:]:
         path.unlink()
     lora = next(m for m in METHODS if m.kind == "lora")
     common = {"base": "toybox", "instance_prompt": "a photo of sks dog", "seed": 0, "n_frequency": 0.02, "steps": 2}
-    held_out, fewer = Run(photos=tmp_path / "all", held_out=2, **common), Run(photos=tmp_path / "some", **common)
+    subject = Subject("perk", "dog", tmp_path / "all")
+    assert subject.held_out() == ((photos[-2], ""), (photos[-1], ""))
+    held_out = Run(photos=tmp_path / "all", held_out=subject.held_out(), **common)
+    fewer = Run(photos=tmp_path / "some", **common)
     assert train(lora, 1e-3, held_out).losses == pytest.approx(train(lora, 1e-3, fewer).losses, rel=1e-5)
     assert held_out_loss(lora, 0.0, held_out) == 1.0
     assert held_out_loss(lora, 1e-3, held_out) != 1.0
     one, other = (Session(held_out, method.flags).held_out_loss() for method in (lora, METHODS[-1]))
     assert one == pytest.approx(other, rel=1e-5)  # all methods are judged by the same draws
+
+
+def test_a_toybox_subject_is_judged_by_scenes_that_its_photos_do_not_show(tmp_path) -> None:
+    subject = find_subjects(Namespace(subjects_dir=None, output_dir=tmp_path, development=["perk"], subjects=None))[0][
+        0
+    ]
+    held_out = subject.held_out()
+    assert len(held_out) == 8
+    assert {words for _, words in held_out}.isdisjoint(BACKGROUNDS[n] for n in SUBJECTS["perk"].photo_backgrounds())
+    common = {"base": "toybox", "instance_prompt": "a photo of sks cat", "seed": 0, "n_frequency": 0.02, "steps": 1}
+    named = Session(Run(photos=subject.photos, held_out=held_out, **common))
+    assert len(named.source) == 6
+    unnamed = Session(Run(photos=subject.photos, held_out=tuple((path, "") for path, _ in held_out), **common))
+    assert named.held_out_loss() < unnamed.held_out_loss()  # the base knows the scenes by their words
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -251,11 +270,6 @@ def test_compare_refuses_what_cannot_work(tmp_path, capsys, change, said) -> Non
 
 
 def test_subjects_of_dreambench_as_distributed(tmp_path, monkeypatch) -> None:
-    from argparse import Namespace
-
-    from eval.protocol import find_subjects
-    from s2ft_diffusion.toybox.subjects import write_photos
-
     for name in ("dog6", "rc_car", "unnamed"):
         write_photos("mittens", tmp_path / name)
     (tmp_path / "prompts_and_classes.txt").write_text(

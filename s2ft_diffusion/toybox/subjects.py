@@ -60,6 +60,12 @@ class Subject:
         rng = random.Random(f"{self.name} photos")
         return [render(self.scene(background).posed(rng)) for background in self.photo_backgrounds()]
 
+    def pictures_elsewhere(self) -> list[tuple[Image.Image, str]]:
+        """Two pictures of it at every place that its photos do not show, each with the place's words."""
+        rng = random.Random(f"{self.name} unseen")
+        places = [(name, words) for name, words in BACKGROUNDS.items() if name not in self.photo_backgrounds()]
+        return [(render(self.scene(name).posed(rng)), words) for name, words in places for _ in range(2)]
+
     def prompts(self) -> list[str]:
         """Prompts that put it into new scenes, give it something to wear, or another colour."""
         new = [text for name, text in BACKGROUNDS.items() if name not in self.photo_backgrounds()]
