@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from s2ft_diffusion.dreambooth.errors import InputError
+
 from .methods import METHODS
 from .plots import plot_bars, plot_losses, plot_sheet, plot_tradeoff
 from .protocol import DEVELOPMENT, add_protocol_arguments
@@ -32,6 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.quick:
         for name, value in QUICK.items():
             setattr(args, name, value if not args.subjects_dir or name not in ("development", "subjects") else None)
+    if args.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {args.seeds}.")
     methods = [m for m in METHODS if m.trains and (not args.methods or m.name in args.methods)]
     study = run_study(args, methods)
     if study is None:

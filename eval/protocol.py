@@ -89,8 +89,9 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, tri
     add = parser.add_argument
     add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
     add_subject_arguments(parser)
-    add("--seeds", type=int, default=2, help="trainings on every subject")
+    add("--seeds", type=int, default=2, help="trainings on every subject that is reported on")
     add("--trials", type=int, default=trials, help="learning rates that every method may try")
+    add("--trial_seeds", type=int, default=1, help="trainings on every development subject for each of them")
     add(
         "--n_frequency",
         type=amount,
@@ -171,7 +172,7 @@ def _toy_subject(name: str, folder: Path) -> Subject:
 
 def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protocol:
     """What all cells share, from the arguments. Raises InputError for counts below one."""
-    for name in ("seeds", "steps", "batch", "images_per_prompt", "drift_images", "sampling_steps"):
+    for name in ("steps", "batch", "images_per_prompt", "drift_images", "sampling_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     try:

@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from s2ft_diffusion.dreambooth.errors import InputError
@@ -26,6 +26,7 @@ from .table import summarize
 class Study:
     """A finished study: its report, and the cells it was made from, those of the base apart."""
 
+    folder: Path
     protocol: Protocol
     subjects: list[Subject]
     bases: list[Cell]
@@ -34,10 +35,9 @@ class Study:
 
     def write(self, name: str, table: str) -> None:
         """`NAME.json` and `NAME.md` in the output folder; prints the table, and what failed."""
-        folder = self.cells[0].root
         text = json.dumps(self.report, indent=1, ensure_ascii=False)
-        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-        (folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
+        (self.folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (self.folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
         print(table)
         for item in self.report["failed"]:
             print(f"failed, to be tried again by the next call: {item['cell']}: {item['error']}", file=sys.stderr)
@@ -51,44 +51,46 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
     EncoderError before anything is trained.
     """
     first = work_alone(args)
-    if args.trials < 1:
-        raise InputError(f"--trials must be at least 1, got {args.trials}.")
+    for name, least in (("trials", 1), ("trial_seeds", 1), ("seeds", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
     development, subjects = find_subjects(args)
     laboratory = open_laboratory(args)
-    cell = partial(Cell, args.output_dir)
-    bases = laboratory.make_bases(args.output_dir, subjects)
-    trials, failed = _try_rates(laboratory, partial(Trial, args.output_dir), methods, development, args.trials)
-    rates = {name: best_rate(tried) for name, tried in trials.items()}
-    cells = [cell(m, rates[m.name], s, n) for n in range(args.seeds) for s in subjects for m in methods]
+    bases = laboratory.make_bases(args.output_dir, subjects if args.seeds else [])
+
+    def trials_of(method: Method, rate: float) -> list[Trial]:
+        return [Trial(args.output_dir, method, rate, s, n) for n in range(args.trial_seeds) for s in development]
+
+    losses, failed = _try_rates(laboratory, trials_of, methods, args.trials)
+    rates = {name: best_rate(tried) for name, tried in losses.items()}
+    kinds = [(method, rates[method.name]) for method in methods]
+    cells = [Cell(args.output_dir, m, rate, s, n) for n in range(args.seeds) for s in subjects for m, rate in kinds]
     failed += laboratory.make_all(cells)
     if not first:
         return None
+    chosen = [trial for method, rate in kinds for trial in trials_of(method, rate)]
     report = {
         "command": shlex.join(["python", "-m", "eval", *sys.argv[1:]]),
         "protocol": asdict(laboratory.protocol), "development": [s.name for s in development],
-        "subjects": [s.name for s in subjects], "seeds": args.seeds,
-        **summarize([BASE, *methods], [*bases, *cells], beside), "rates": rates,
-        "trials": {m: {r: v if v < math.inf else None for r, v in tried.items()} for m, tried in trials.items()},
+        "trial_seeds": args.trial_seeds, "subjects": [s.name for s in subjects] if args.seeds else [],
+        "seeds": args.seeds, **summarize([BASE, *methods], [*bases, *cells], chosen, beside), "rates": rates,
+        "trials": {m: {r: v if v < math.inf else None for r, v in tried.items()} for m, tried in losses.items()},
         "failed": [{"cell": str(c), "error": c.failure()} for c in failed],
     }  # fmt: skip
-    return Study(laboratory.protocol, subjects, bases, cells, report)
+    return Study(args.output_dir, laboratory.protocol, subjects, bases, cells, report)
 
 
 def _try_rates(
-    laboratory: Laboratory,
-    trial: Callable[[Method, float, Subject, int], Trial],
-    methods: Sequence[Method],
-    development: Sequence[Subject],
-    count: int,
+    laboratory: Laboratory, trials_of: Callable[[Method, float], list[Trial]], methods: Sequence[Method], count: int
 ) -> tuple[dict[str, dict[float, float]], list[Cell]]:
     """Each method's rates with their mean held-out loss, as many for each; and the trials that failed."""
     tried: dict[str, dict[float, float]] = {method.name: {} for method in methods}
     failed: list[Cell] = []
     for _ in range(count):
         rates = {method: next_rate(method.rate, tried[method.name]) for method in methods}
-        trials = {method: [trial(method, rate, s, 0) for s in development] for method, rate in rates.items()}
-        failed += laboratory.make_all([t for same in zip(*trials.values(), strict=True) for t in same])
+        trials = {method: trials_of(method, rate) for method, rate in rates.items()}
+        failed += laboratory.make_all([trial for same in zip(*trials.values(), strict=True) for trial in same])
         for method, rate in rates.items():
-            found = [t.result() for t in trials[method]]
+            found = [trial.result() for trial in trials[method]]
             tried[method.name][rate] = statistics.fmean(r["held_out_loss"] if r else math.inf for r in found)
     return tried, failed

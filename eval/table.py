@@ -6,34 +6,41 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .cells import Cell
+from .cells import Cell, Trial
 from .methods import BASE, Method
 from .statistics import mean_and_error, paired_difference
 
-METRICS = ("dino", "clip_i", "clip_t", "lpips", "drift", "drift_clip")
+METRICS = ("dino", "clip_i", "clip_t", "lpips", "drift", "drift_clip", "held_out")
+SIZES = ("trainable", "share", "bytes", "seconds", "peak_mb")
 _SCORE_NAMES = {"drift": "drift_lpips"}
 HEADS = {
     "dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "lpips": "LPIPS ↑", "drift": "drift ↓",
+    "held_out": "held out ↓",
 }  # fmt: skip
 
 
-def summarize(methods: Sequence[Method], cells: Iterable[Cell], beside: str | None = None) -> dict[str, Any]:
-    """Rows of the table, paired differences of every two methods (or of one, `beside` all others), and all cells."""
+def summarize(
+    methods: Sequence[Method], cells: Iterable[Cell], trials: Iterable[Trial], beside: str | None = None
+) -> dict[str, Any]:
+    """Rows of the table, paired differences of every two methods (or of one, `beside` all others), and all cells.
+
+    `trials` are those at the rates that were chosen: on subjects of their own, they say what `held_out` is.
+    """
     found = [(cell, result) for cell in cells if (result := cell.result()) is not None]
+    tried = [(trial, result) for trial in trials if (result := trial.result()) is not None]
     rows, values = [], {}
     for method in methods:
         own = [(cell, result) for cell, result in found if cell.method == method]
-        if not own:
+        judged = {_place(t): result["held_out_loss"] for t, result in tried if t.method == method}
+        if not own and not judged:
             continue
         row: dict[str, Any] = {"method": method.name, "title": method.title, "cells": len(own)}
-        for name in ("trainable", "share", "bytes", "seconds", "peak_mb"):
-            row[name] = statistics.median(result[name] for _, result in own)
+        for name in SIZES:
+            row[name] = statistics.median(result[name] for _, result in own) if own else None
         for metric in METRICS:
-            scores = {
-                (cell.subject.name, cell.seed): result["scores"][_SCORE_NAMES.get(metric, metric)]
-                for cell, result in own
-            }
-            row[metric] = mean_and_error(list(scores.values()))
+            key = _SCORE_NAMES.get(metric, metric)
+            scores = judged if metric == "held_out" else {_place(c): result["scores"][key] for c, result in own}
+            row[metric] = mean_and_error(list(scores.values())) if scores else None
             values[method.name, metric] = scores
         rows.append(row)
     real = {cell.subject.name: result["real"] for cell, result in found}
@@ -44,35 +51,38 @@ def summarize(methods: Sequence[Method], cells: Iterable[Cell], beside: str | No
         for b in names[i + 1 :]
         if beside in (None, a, b)
         for metric in METRICS
+        if values[a, metric] and values[b, metric]
     ]
-    kept = ("rate", "subject", "seed", "trainable", "bytes", "seconds", "peak_mb", "scores")
+    kept = ("rate", "subject", "seed", *(name for name in SIZES if name != "share"), "scores")
     return {
         "rows": rows,
-        "real": {m: mean_and_error([r[m] for r in real.values()]) for m in ("dino", "clip_i", "lpips")},
+        "real": {m: mean_and_error([r[m] for r in real.values()]) for m in ("dino", "clip_i", "lpips") if real},
         "paired": paired,
         "cells": [{"method": c.method.name, **{key: result[key] for key in kept}} for c, result in found],
     }
 
 
+def _place(cell: Cell) -> tuple[str, int]:
+    return cell.subject.name, cell.seed
+
+
 def markdown(found: dict[str, Any], own: str) -> str:
     """The table of a report, and the differences of one method from every other."""
     lines = [
-        "| method | " + " | ".join(HEADS.values()) + " | held out ↓ | trainable | share | file | seconds | memory |",
-        "| --- |" + " --- |" * (len(HEADS) + 6),
+        "| method | " + " | ".join(HEADS.values()) + " | trainable | share | file | seconds | memory |",
+        "| --- |" + " --- |" * (len(HEADS) + 5),
     ]
-    real = {metric: f"{_plain(found['real'].get(metric))}" for metric in HEADS}
-    lines.append("| real photos | " + " | ".join(real.values()) + " | | | | | | |")
+    if found["real"]:
+        real = {metric: f"{_plain(found['real'].get(metric))}" for metric in HEADS}
+        lines.append("| real photos | " + " | ".join(real.values()) + " | | | | | |")
     for row in found["rows"]:
-        sizes = (
-            f"{row['trainable']:,.0f} | {row['share']:.2%} | {row['bytes'] / 1e3:,.0f} kB | {row['seconds']:.0f} | "
-            f"{row['peak_mb']:.0f} MB"
-            if row["trainable"]
-            else "0 | | | |"
-        )
-        losses = [loss for loss in found["trials"].get(row["method"], {}).values() if loss is not None]
-        held_out = f"{min(losses):.3f}" if losses else "–" if row["trainable"] else "1.000"
-        scores = " | ".join(_plain(row[m]) for m in HEADS)
-        lines.append(f"| {row['title']} | {scores} | {held_out} | {sizes} |")
+        sizes = " | ".join(["0" if row["trainable"] == 0 else "–", *[""] * 4])
+        if row["trainable"]:
+            sizes = (
+                f"{row['trainable']:,.0f} | {row['share']:.2%} | {row['bytes'] / 1e3:,.0f} kB | {row['seconds']:.0f} | "
+                f"{row['peak_mb']:.0f} MB"
+            )
+        lines.append(f"| {row['title']} | " + " | ".join(_plain(row[m]) for m in HEADS) + f" | {sizes} |")
     titles = {row["method"]: row["title"] for row in found["rows"]}
     if own in titles:
         lines += ["", f"{titles[own]}, minus (95 % interval; bold where it excludes zero):", ""]
@@ -82,18 +92,21 @@ def markdown(found: dict[str, Any], own: str) -> str:
                 continue
             cells = [_difference(found["paired"], own, other, metric) for metric in HEADS]
             lines.append(f"| {titles[other]} | " + " | ".join(cells) + " |")
-    counts = f"{len(found['subjects'])} subjects, {found['seeds']} seeds each; mean ± standard error over trainings"
     rates = ", ".join(f"{titles[name]} {rate:.1e}" for name, rate in found["rates"].items() if name in titles)
     used = ", ".join(f"{key.upper()}: {name}" for key, name in found["protocol"]["encoders"])
-    held_out = f"mean loss on unseen pictures of {len(found['development'])} other subjects"
     lines += [
         "",
-        f"{counts}. Learning rates: {rates}. Held out: {held_out}, relative to the base's, at that rate. Drift "
-        f"by LPIPS. Encoders: {used}.",
+        f"{_counted(found['subjects'], found['seeds'])}; held out: loss on unseen pictures, relative to the base's, "
+        f"{_counted(found['development'], found['trial_seeds'])}, which chose the learning rates; mean ± standard "
+        f"error over trainings. Learning rates: {rates}. Drift by LPIPS. Encoders: {used}.",
     ]
     if found["failed"]:
         lines += ["", f"{len(found['failed'])} trainings failed and are not in the table."]
     return "\n".join(lines)
+
+
+def _counted(subjects: Sequence[str], seeds: int) -> str:
+    return f"{len(subjects)} subjects, {seeds} seed{'s' * (seeds != 1)} each"
 
 
 def _plain(value: dict[str, float | None] | None) -> str:

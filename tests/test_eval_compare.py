@@ -163,7 +163,7 @@ def test_compare_writes_what_it_promises(compared) -> None:
     assert [row["method"] for row in found["rows"]] == ["base", "lora", "s2ft-default"]
     for row in found["rows"][1:]:
         assert set(row) >= {"trainable", "share", "bytes", "seconds", "peak_mb"}
-        for metric in ("dino", "clip_i", "clip_t", "lpips", "drift"):
+        for metric in ("dino", "clip_i", "clip_t", "lpips", "drift", "held_out"):
             assert set(row[metric]) == {"mean", "stderr"}
         assert 0 < row["share"] < 0.03
     assert found["rows"][0]["drift"]["mean"] == 0
@@ -175,6 +175,7 @@ def test_compare_writes_what_it_promises(compared) -> None:
     assert "| S²FT, default |" in table
     (held_out,) = found["trials"]["s2ft-default"].values()
     assert f"| {held_out:.3f} | 16,204 |" in table
+    assert "1 subjects, 1 seed each; held out" in table
     assert "toybox (unweighted" in table
     for name in ("bars", "tradeoff", "losses", "sheet-mittens"):
         with Image.open(compared / f"{name}.png") as image:
@@ -297,6 +298,24 @@ def test_ablation_reports(tmp_path) -> None:
     assert report["rows"][1]["trainable"] == pytest.approx(report["rows"][2]["trainable"], rel=2e-3)
     assert {(p["a"], p["b"]) for p in report["paired"]} == {("ablation-default", "coefficients-real")}
     assert "| coefficients: real |" in (tmp_path / "ablation.md").read_text()
+
+
+def test_ablation_by_unseen_pictures_alone(tmp_path) -> None:
+    options = [
+        "ablation", "--groups", "coefficients", "--development", "perk", "trek", "--trials", "1", "--trial_seeds", "2",
+        "--seeds", "0", "--steps", "2", "--batch", "1", "--device", "cpu", "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    assert main(options) == 0
+    report = json.loads((tmp_path / "ablation.json").read_text())
+    assert [row["method"] for row in report["rows"]] == ["ablation-default", "coefficients-real"]
+    losses = [json.loads(path.read_text())["held_out_loss"] for path in tmp_path.rglob("ablation-default/**/cell.json")]
+    assert len(losses) == 4
+    assert report["rows"][0]["held_out"]["mean"] == pytest.approx(sum(losses) / 4)
+    assert report["rows"][0]["held_out"]["stderr"] > 0
+    assert [(p["metric"], p["n"]) for p in report["paired"]] == [("held_out", 4)]
+    assert not list(tmp_path.rglob("cells"))
+    assert main([*options, "--seeds", "-1"]) == 2
+    assert main(["compare", *options[3:]]) == 2
 
 
 def test_spectrum_reports_and_resumes(tmp_path, monkeypatch, capsys) -> None:
