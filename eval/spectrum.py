@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--n_frequency", type=amount, default=0.02, help="real numbers a layer, or a share of d * k")
     add("--targets", choices=("qv", "attention"), default="qv")
     add("--token", default=UNSEEN_TOKEN, help="the unique token")
-    add("--truth_steps", type=int, default=1500, help="most steps of full fine-tuning")
+    add("--truth_steps", type=int, default=3000, help="most steps of full fine-tuning")
     add("--batch", type=int, default=4, help="images a step of full fine-tuning")
     add("--resolution", type=int, help="by default the base's own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
