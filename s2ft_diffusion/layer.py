@@ -393,7 +393,7 @@ class S2FTLinear(nn.Module, S2FTLayer):
         result = weight
         for name, scale in scales.items():
             delta = self.s2ft_delta[name]().to(weight.device)
-            result = torch.add(result.to(delta.dtype), delta, alpha=scale).to(weight.dtype)
+            result = torch.add(result.to(delta.dtype), delta, alpha=scale, out=delta).to(weight.dtype)
         return result
 
     def _warn_of_rounding(self, before: torch.Tensor, after: torch.Tensor, scales: dict[str, float]) -> None:
