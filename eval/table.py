@@ -76,7 +76,7 @@ def markdown(found: dict[str, Any], own: str) -> str:
         real = {metric: f"{_plain(found['real'].get(metric))}" for metric in HEADS}
         lines.append("| real photos | " + " | ".join(real.values()) + " | | | | | |")
     for row in found["rows"]:
-        sizes = " | ".join(["0" if row["trainable"] == 0 else "–", *[""] * 4])
+        sizes = "0 | | | |" if row["trainable"] == 0 else "– | | | |"
         if row["trainable"]:
             sizes = (
                 f"{row['trainable']:,.0f} | {row['share']:.2%} | {row['bytes'] / 1e3:,.0f} kB | {row['seconds']:.0f} | "
