@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate
 
-SAMPLES, SIZE = 64, 64
+SAMPLES, SIZE = 16, 64
 GRIDS = (2, 4, 8, 16)  # the squares of the pictures it is fitted to, along a side
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
-from contextlib import suppress
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
-from s2ft_diffusion.toybox.subjects import SUBJECTS
+from s2ft_diffusion.toybox.subjects import SUBJECTS, write_pictures
 
 from .generation import Sampling
 from .prompts import Prompt, read_classes, read_templates, toybox_templates
@@ -145,29 +145,28 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
             raise InputError(f"There is no subject {name!r}; there are {', '.join(known)}.")
     if both := set(development) & set(subjects):
         raise InputError(f"Learning rates must be chosen on other subjects than are compared: {sorted(both)}.")
-    for name in development:
-        if len(find_images(known[name].photos)) < 2:
-            raise InputError(f"{known[name].photos}: a learning rate is chosen by a photo that is held out; give two.")
     return [known[name] for name in development], [known[name] for name in subjects]
 
 
 def _toy_subject(name: str, folder: Path) -> Subject:
-    """A toybox subject, its pictures in files; several processes may do this at once."""
+    """A toybox subject, its pictures in files."""
     toy = SUBJECTS[name]
     elsewhere = toy.pictures_elsewhere()
-    images = {"subjects": toy.photos(), "elsewhere": [image for image, _ in elsewhere]}
-    for kind, drawn in images.items():
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        if (folder / kind / name).exists():
-            continue
-        with tempfile.TemporaryDirectory(dir=folder / kind, prefix=".", ignore_cleanup_errors=True) as temporary:
-            for number, image in enumerate(drawn):
-                image.save(Path(temporary) / f"{number:02d}.png")
-            with suppress(OSError):  # another process was faster
-                Path(temporary).rename(folder / kind / name)
-    paths = find_images(folder / "elsewhere" / name)
-    words = [words for _, words in elsewhere]
-    return Subject(name, toy.kind, folder / "subjects" / name, tuple(zip(paths, words, strict=True)))
+    photos = _write_once(toy.photos(), folder / "subjects" / name)
+    paths = find_images(_write_once([picture for picture, _ in elsewhere], folder / "elsewhere" / name))
+    return Subject(name, toy.kind, photos, tuple((p, words) for p, (_, words) in zip(paths, elsewhere, strict=True)))
+
+
+def _write_once(pictures: Sequence[Image.Image], folder: Path) -> Path:
+    """Write pictures into a folder that is there only when it is complete; several processes may do so at once."""
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+        write_pictures(pictures, temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(temporary)
+    return folder
 
 
 def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protocol:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import find_images
 
 from .cells import Cell, Laboratory, Trial, open_laboratory
 from .methods import BASE, Method
@@ -55,6 +56,9 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
     development, subjects = find_subjects(args)
+    for subject in development:
+        if not subject.elsewhere and len(find_images(subject.photos)) < 2:
+            raise InputError(f"{subject.photos}: a learning rate is chosen by a photo that is held out; give two.")
     laboratory = open_laboratory(args)
     bases = laboratory.make_bases(args.output_dir, subjects if args.seeds else [])
 

@@ -129,9 +129,8 @@ def test_pictures_that_are_held_out_are_not_trained_on(tmp_path) -> None:
 
 
 def test_a_toybox_subject_is_judged_by_scenes_that_its_photos_do_not_show(tmp_path) -> None:
-    subject = find_subjects(Namespace(subjects_dir=None, output_dir=tmp_path, development=["perk"], subjects=None))[0][
-        0
-    ]
+    args = Namespace(subjects_dir=None, output_dir=tmp_path, development=["perk"], subjects=None)
+    (subject,), _ = find_subjects(args)
     held_out = subject.held_out()
     assert len(held_out) == 8
     assert {words for _, words in held_out}.isdisjoint(BACKGROUNDS[n] for n in SUBJECTS["perk"].photo_backgrounds())
@@ -268,6 +267,16 @@ def test_compare_refuses_what_cannot_work(tmp_path, capsys, change, said) -> Non
     assert main(arguments(tmp_path, *change)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "cells").exists()
+
+
+def test_a_rate_cannot_be_chosen_by_the_only_photo(tmp_path, capsys) -> None:
+    for name in ("one", "two"):
+        for path in write_photos("mittens", tmp_path / name)[1:]:
+            path.unlink()
+    (tmp_path / "classes.txt").write_text("Classes\n\nsubject_name,class\none,cat\ntwo,cat\n")
+    given = ["--subjects_dir", str(tmp_path), "--prompts", str(tmp_path / "classes.txt")]
+    assert main(arguments(tmp_path / "out", *given, "--development", "one", "--subjects", "two")) == 2
+    assert "held out; give two" in capsys.readouterr().err
 
 
 def test_subjects_of_dreambench_as_distributed(tmp_path, monkeypatch) -> None:

@@ -6,6 +6,7 @@ Each has a two-tone body, an emblem and something on its head or back; its photo
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,9 +101,14 @@ SUBJECTS: dict[str, Subject] = {
 
 def write_photos(name: str, folder: Path) -> list[Path]:
     """Write a subject's photos as PNG files; returns their paths. Raises KeyError for an unknown name."""
+    return write_pictures(SUBJECTS[name].photos(), folder)
+
+
+def write_pictures(pictures: Iterable[Image.Image], folder: Path) -> list[Path]:
+    """Write pictures as PNG files whose names keep their order; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, photo in enumerate(SUBJECTS[name].photos()):
+    for number, picture in enumerate(pictures):
         paths.append(folder / f"{number:02d}.png")
-        photo.save(paths[-1])
+        picture.save(paths[-1])
     return paths
