@@ -27,6 +27,7 @@ from s2ft_diffusion.dreambooth.base import Base, BasePlan, load_base, plan_base
 from s2ft_diffusion.dreambooth.batches import (
     Sample,
     estimate_batches,
+    estimate_draws,
     images_per_step,
     steps_per_epoch,
     total_steps,
@@ -116,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with phases("estimate") as say:
             batches = estimate_batches(args, streams[0], sources[0], accelerator)
             prior = estimate(args, components, loss, batches, accelerator)
-            say(f"{args.estimate}, {args.estimate_draws} draws of {len(sources[0])} images")
+            draws = estimate_draws(args, len(sources[0]), accelerator)
+            say(f"{args.estimate}, {draws} draws of {len(sources[0])} images")
         with phases("rearrange") as say:
             place_from_prior(list(components.values()), prior, adapter_name=ADAPTER, progress=True)
             say(f"{len(prior)} layers")

@@ -5,7 +5,7 @@
 
 The first times a gradient of the estimate and a training step beside it, and from its prior the search
 for orders and the sampling, for both presets and both choices of layers. The last column is the whole set-up as a share
-of a default training run: `--draws` gradients of each of five photos against `--steps` steps. `--growth` goes over
+of a default training run, with five photos. `--growth` goes over
 sizes of one layer and numbers in it instead.
 """
 
@@ -15,10 +15,12 @@ import time
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from peft import inject_adapter_in_model
 
 from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior
 from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, parse_arguments
+from s2ft_diffusion.dreambooth.batches import estimate_draws
 from s2ft_diffusion.prior import place_from_prior
 from s2ft_diffusion.rearrange import find_rearrangement
 from s2ft_diffusion.spectrum import sample_positions
@@ -47,6 +49,7 @@ def main() -> None:
     rows = []
     for preset in ("paper", "default"):
         defaults = parse_arguments(["--instance_dir", "photos", "--preset", preset])
+        draws = estimate_draws(defaults, PHOTOS, PartialState())
         for targets in ("qv", "attention"):
             model = sharing_weights(base)
             config = S2FTConfig.from_preset(
@@ -74,7 +77,7 @@ def main() -> None:
                 alternate({"place": lambda m=model, p=priors: place_from_prior(m, p[0])}, args.rounds, 0)
             )
             seconds["estimate"] /= GRADIENTS
-            setup = PHOTOS * defaults.estimate_draws * seconds["estimate"] + seconds["place"]
+            setup = PHOTOS * draws * seconds["estimate"] + seconds["place"]
             rows.append(
                 {
                     "preset": preset,
@@ -87,7 +90,7 @@ def main() -> None:
                     ),
                 }
             )
-    report("setup", args, rows, draws=PHOTOS * defaults.estimate_draws, steps=DEFAULT_STEPS)
+    report("setup", args, rows, draws=PHOTOS * draws, steps=DEFAULT_STEPS)
 
 
 def growth(rounds: int) -> list[dict]:

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "gradient": ("--estimate", "gradient"),
         "normalized": ("--estimate", "normalized"),
         # One step a draw of each of the toybox's six photos.
-        **{f"{6 * n} steps": ("--estimate_draws", str(n)) for n in (1, 2, 4, 24)},
+        **{f"{6 * n} steps": ("--estimate_draws", str(n)) for n in (2, 4, 8, 24)},
     },
     "coefficients": {"real": ("--coefficients", "real")},
     "norm": {"backward": ("--norm", "backward", "--scaling", "100")},

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from s2ft_diffusion.dreambooth.arguments import parse_arguments
+from s2ft_diffusion.dreambooth.batches import estimate_draws
 from s2ft_diffusion.dreambooth.draws import DrawStream, process_slots, replayed
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images, load_image
@@ -134,6 +137,25 @@ def test_estimate_draws_are_stratified() -> None:
     draws = stream().stratified(8)
     assert sorted(int(draw.time * 40) for draw in draws) == list(range(40))
     assert sorted(draw.image for draw in draws) == sorted(list(range(5)) * 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "processes", "draws"),
+    [
+        ((), 5, 1, 8),
+        ((), 5, 2, 8),  # every process takes all steps of the estimate, and as many steps of training
+        (("--max_train_steps", "300", "--train_batch_size", "4"), 6, 1, 16),
+        (("--gradient_accumulation_steps", "2"), 5, 1, 16),
+        (("--max_train_steps", "20"), 5, 1, 4),
+        (("--max_train_steps", "90000"), 5, 1, 24),
+        (("--estimate", "gradient", "--max_train_steps", "90000"), 5, 1, 8),
+        (("--preset", "paper", "--max_train_steps", "20"), 5, 1, 8),
+        (("--estimate_draws", "3"), 5, 1, 3),
+    ],
+)
+def test_a_longer_run_has_a_longer_estimate(flags, images, processes, draws) -> None:
+    args = parse_arguments(["--instance_dir", "photos", *flags])
+    assert estimate_draws(args, images, SimpleNamespace(num_processes=processes)) == draws
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "processes"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])

@@ -82,9 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--signs", type=_yes_no, metavar="yes|no", help="let rows and columns be negated")
     add("--refine", choices=("2opt", "none"), help="how the order is refined")
     add("--estimate", choices=("gradient", "normalized", "full"), help="how the weight change is pre-estimated")
-    add(
-        "--estimate_draws", type=int, default=8, help="noise and timestep draws per image; with 'full', steps per image"
-    )
+    add("--estimate_draws", type=int, help="its noise and timestep draws per image; by default 8, for full by the run")
     add("--adapter_dtype", choices=DTYPES, default="float32", help="type of the stored coefficients")
 
     add = parser.add_argument_group("training").add_argument
@@ -132,7 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 LEARNING_RATE = 1e-3  # what measured best on the embedded base, for both presets: docs/learning-rate.md
 DEFAULT_STEPS = 500
-ESTIMATES = {"default": "full", "paper": "gradient"}  # docs/evaluation.md
+# docs/evaluation.md
+ESTIMATES = {"default": "full", "paper": "gradient"}
+ESTIMATE_DRAWS = 8
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -145,6 +145,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.prompt_was_given:
         args.instance_prompt = f"a photo of sks {folder_words(args.instance_dir)}"
     args.estimate = args.estimate or ESTIMATES[args.preset]
+    if args.estimate_draws is None and args.estimate != "full":  # else by the run's length: batches.estimate_draws
+        args.estimate_draws = ESTIMATE_DRAWS
     args.processes = int(os.environ.get("WORLD_SIZE", "1"))
     _check(args)
     return args
@@ -157,10 +159,13 @@ def folder_words(folder: str) -> str:
 
 def _check(args: argparse.Namespace) -> None:
     positive = (
-        "num_class_images", "sample_batch_size", "estimate_draws", "train_batch_size", "gradient_accumulation_steps",
-        "checkpointing_steps", "num_validation_images", "validation_epochs",
+        "num_class_images", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
+        "num_validation_images", "validation_epochs",
     )  # fmt: skip
-    optional = ("resolution", "max_train_steps", "num_train_epochs", "checkpoints_total_limit", "tokenizer_max_length")
+    optional = (
+        "resolution", "max_train_steps", "num_train_epochs", "checkpoints_total_limit", "tokenizer_max_length",
+        "estimate_draws",
+    )  # fmt: skip
     for name in positive + tuple(name for name in optional if getattr(args, name) is not None):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")

@@ -12,6 +12,9 @@ from .arguments import DEFAULT_STEPS
 from .draws import Draw, DrawStream, process_slots, replayed
 from .loss import LatentSource
 
+ESTIMATE_SHARE = 0.08  # with the search for the rearrangement the set-up stays below a tenth of a run
+FULL_DRAWS = (4, 24)
+
 Sample = tuple[Draw, LatentSource, str, float]
 
 
@@ -30,12 +33,25 @@ def total_steps(args: argparse.Namespace, images: int, accelerator: Accelerator)
     return args.num_train_epochs * steps_per_epoch(args, images, accelerator)
 
 
+def estimate_draws(args: argparse.Namespace, images: int, accelerator: Accelerator) -> int:
+    """Draws of each of the `images` for the estimate.
+
+    Unless given, those of "full", a step each, grow with the run: a prior of more steps is a better one, and takes
+    `ESTIMATE_SHARE` of what training takes, within `FULL_DRAWS`.
+    """
+    if args.estimate_draws is not None:
+        return args.estimate_draws
+    trained = total_steps(args, images, accelerator) * images_per_step(args, accelerator) / accelerator.num_processes
+    least, most = FULL_DRAWS
+    return max(least, min(most, round(ESTIMATE_SHARE * trained / images)))
+
+
 def estimate_batches(
     args: argparse.Namespace, stream: DrawStream, source: LatentSource, accelerator: Accelerator
 ) -> list[list[Sample]]:
     """One draw a batch, shared out over the processes; for "full", every process takes the same steps (Adam does not
     mind that their gradients are added)."""
-    batches = [[draw] for draw in stream.stratified(args.estimate_draws)]
+    batches = [[draw] for draw in stream.stratified(estimate_draws(args, len(source), accelerator))]
     if args.estimate != "full":
         batches = batches[accelerator.process_index :: accelerator.num_processes]
     return [[(draw, source, args.instance_prompt, 1.0) for draw in batch] for batch in batches]
