@@ -159,8 +159,8 @@ def folder_words(folder: str) -> str:
 
 def _check(args: argparse.Namespace) -> None:
     positive = (
-        "num_class_images", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
-        "num_validation_images", "validation_epochs",
+        "num_class_images", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps",
+        "checkpointing_steps", "num_validation_images", "validation_epochs",
     )  # fmt: skip
     optional = (
         "resolution", "max_train_steps", "num_train_epochs", "checkpoints_total_limit", "tokenizer_max_length",
