@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -34,13 +31,9 @@ from app.engine import load_base
 from app.library import Library
 from app.server import DEMO_ADAPTERS
 
+from .measure import alternate, machine, medians
+
 STEPS, GUIDANCE, PROMPT = 25, 4.0, "a photo of sks cat in the snow"
-
-
-def timed(action: Callable[..., object], *values: object) -> float:
-    begun = time.perf_counter()
-    action(*values)
-    return time.perf_counter() - begun
 
 
 def call(address: str, endpoint: str, *values: object) -> list:
@@ -84,7 +77,7 @@ def main() -> None:
     parser.add_argument("--base", default="toybox")
     parser.add_argument("--adapters", nargs="+", default=[str(DEMO_ADAPTERS)], help="at least two adapters")
     parser.add_argument("--images", type=int, default=8, help="images a request")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as outputs, serving(args.base, args.adapters, outputs) as address:
@@ -97,53 +90,49 @@ def main() -> None:
         components = {"unet": bare.unet, "text_encoder": bare.text_encoder}
         adapted.load_s2ft_weights(Library(args.adapters, Path(outputs) / "own", components).get(first).path)
 
-        def plain(pipe: StableDiffusionPipeline, seed: int) -> None:
-            for i in range(args.images):
+        def plain(pipe: StableDiffusionPipeline) -> None:
+            for seed in range(args.images):
                 pipe(
                     PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
-                    generator=torch.Generator().manual_seed(seed + i),
+                    generator=torch.Generator().manual_seed(seed),
                 )  # fmt: skip
 
-        def served(adapter: str, seed: int, images: int = args.images, steps: int = STEPS) -> None:
-            call(address, "generate", PROMPT, "", adapter, 1, "", 1, steps, GUIDANCE, seed, images, "DDIM")
+        def served(adapter: str, images: int = args.images, steps: int = STEPS) -> None:
+            call(address, "generate", PROMPT, "", adapter, 1, "", 1, steps, GUIDANCE, 0, images, "DDIM")
 
-        actions: dict[str, Callable[[int], None]] = {
+        actions = {
             "pipeline": partial(plain, bare),
             "app": partial(served, ""),
             "pipeline, adapter": partial(plain, adapted),
             "app, adapter": partial(served, first),
         }
-        rows: dict[str, list[float]] = {name: [] for name in actions}
-        for number in range(args.rounds + 1):
-            for name, action in actions.items():
-                seconds = timed(action, number)
-                if number:  # the first round warms up
-                    rows[name].append(seconds / args.images)
+        per_image = {name: value / args.images for name, value in medians(alternate(actions, args.rounds)).items()}
         switches: dict[str, list[float]] = {"same adapter": [], "other adapter": []}
-        served(first, 0, 1, 2)
-        served(second, 0, 1, 2)
-        for number in range(4 * args.rounds):
-            served(first, number, 1, 2)
-            switches["same adapter"].append(timed(served, first, number, 1, 2))
-            switches["other adapter"].append(timed(served, second, number, 1, 2))
+        served(first, 1, 2)
+        served(second, 1, 2)
+        for _ in range(4 * args.rounds):
+            served(first, 1, 2)
+            for name, adapter in (("same adapter", first), ("other adapter", second)):
+                begun = time.perf_counter()
+                served(adapter, 1, 2)
+                switches[name].append(time.perf_counter() - begun)
 
-    medians = {name: statistics.median(values) for name, values in rows.items()}
-    per_switch = {name: statistics.median(values) for name, values in switches.items()}
+    per_switch = medians(switches)
     report = {
         "command": f"python -m benchmarks.app --images {args.images} --rounds {args.rounds}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {options.device}",
+        "machine": machine(options.device),
         "base": args.base,
-        "seconds_per_image": medians,
-        "images_per_minute": {name: 60 / value for name, value in medians.items()},
+        "seconds_per_image": per_image,
+        "images_per_minute": {name: 60 / value for name, value in per_image.items()},
         "app_to_pipeline": {
-            "no adapter": medians["pipeline"] / medians["app"],
-            "adapter": medians["pipeline, adapter"] / medians["app, adapter"],
+            "no adapter": per_image["pipeline"] / per_image["app"],
+            "adapter": per_image["pipeline, adapter"] / per_image["app, adapter"],
         },
-        "adapter_to_bare": medians["pipeline"] / medians["pipeline, adapter"],
+        "adapter_to_bare": per_image["pipeline"] / per_image["pipeline, adapter"],
         "short_request_seconds": per_switch,
         "switch_seconds": per_switch["other adapter"] - per_switch["same adapter"],
     }
-    for name, value in medians.items():
+    for name, value in per_image.items():
         print(f"{name:18}{60 / value:8.1f} images/min")
     for name, value in report["app_to_pipeline"].items():
         print(f"the app's to the pipeline's, {name}: {value:.3f}")
