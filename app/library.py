@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 from s2ft_diffusion.adapter_file import AdapterFileError, AdapterInfo, read_adapter, read_header
-from s2ft_diffusion.pipeline import check_fits, check_shapes, find_adapter_file
+from s2ft_diffusion.attach import check_fits, check_shapes
+from s2ft_diffusion.sources import find_adapter_file
 
 from .limits import RequestError
 

@@ -25,8 +25,8 @@ from s2ft_diffusion.config import S2FTConfig
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.pipeline import find_adapter_file
 from s2ft_diffusion.prior import estimate_prior
+from s2ft_diffusion.sources import find_adapter_file
 from s2ft_diffusion.spectrum import delta_weight, index_spectrum
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 

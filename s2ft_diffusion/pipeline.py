@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,24 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from .adapter_file import (
-    COMPONENTS,
-    WEIGHTS_NAME,
-    Adapter,
-    AdapterFileError,
-    AdapterInfo,
-    adapter_from_peft,
-    collect_adapter,
-    module_name,
-    read_adapter,
-    write_adapter,
+from .adapter_file import WEIGHTS_NAME, AdapterInfo, adapter_from_peft, collect_adapter, module_name, write_adapter
+from .attach import (
+    adaptable_components,
+    attach_adapter,
+    check_fits,
+    check_swap,
+    denoiser_name,
+    detach_adapters,
+    s2ft_configs,
+    swap_adapter,
 )
-from .config import S2FTConfig, S2FTType
-from .layer import S2FTLayer, SpectralDelta
-
-PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+from .config import S2FTConfig
+from .layer import S2FTLayer
+from .sources import find_adapter_file, read_any_adapter
 
 logger = logging.getLogger(__name__)
-
-
-# Verbs ---------------------------------------------------------------------------------------------------------------
 
 
 def load_s2ft_weights(
@@ -85,15 +73,15 @@ def load_s2ft_weights(
     if isinstance(source, Mapping):
         if config is None:
             raise ValueError("A state dict needs its config: load_s2ft_weights(state_dict, config=S2FTConfig(...)).")
-        adapter = adapter_from_peft(source, config, _denoiser_name(components))
+        adapter = adapter_from_peft(source, config, denoiser_name(components))
         label = "state dict"
     else:
         path = find_adapter_file(source, weight_name=weight_name, subfolder=subfolder, revision=revision, token=token)
         label = str(path)
-        adapter = _read_peft(path, components) if _is_peft(path) else read_adapter(path)
+        adapter = read_any_adapter(path, denoiser_name(components))
     used = {name for model in components.values() for name in getattr(model, "peft_config", {})}
     if hotswap:
-        _check_swap(adapter, components, adapter_name, label)
+        check_swap(adapter, components, adapter_name, label)
     elif adapter_name is None:
         adapter_name = next(f"s2ft_{i}" for i in range(len(used) + 1) if f"s2ft_{i}" not in used)
     if adapter_name in used and not hotswap:
@@ -194,169 +182,8 @@ def unfuse_s2ft(self: DiffusionPipeline) -> None:
 
 def s2ft_adapters(self: DiffusionPipeline) -> list[str]:
     """Names of the pipeline's S2FT adapters, in the order of loading."""
-    names = [name for model in adaptable_components(self).values() for name in _s2ft_configs(model)]
+    names = [name for model in adaptable_components(self).values() for name in s2ft_configs(model)]
     return list(dict.fromkeys(names))
-
-
-# Models --------------------------------------------------------------------------------------------------------------
-
-
-def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The models of a pipeline that an adapter may belong to, by component name."""
-    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
-    return {name: getattr(model, "_orig_mod", model) for name, model in found.items() if isinstance(model, nn.Module)}
-
-
-def _denoiser_name(components: Mapping[str, nn.Module]) -> str:
-    return next(name for name in (*components, "unet") if name in ("unet", "transformer"))
-
-
-def check_fits(adapter: Adapter, components: Mapping[str, nn.Module], label: str) -> None:
-    """Raise AdapterFileError unless every layer of the adapter has its linear layer of equal shape in the models."""
-    shapes = {c: {name: layer.shape for name, layer in layers.items()} for c, layers in adapter.layers.items()}
-    check_shapes(shapes, components, label, adapter.info.base_model)
-
-
-def check_shapes(
-    shapes: Mapping[str, Mapping[str, tuple[int, int]]],
-    components: Mapping[str, nn.Module],
-    label: str,
-    base_model: str | None = None,
-) -> None:
-    """`check_fits` for the shapes (d, k) of layers by component, as a file's header has them."""
-    trained_on = base_model or "another model"
-    for component, layers in shapes.items():
-        if component not in components:
-            raise AdapterFileError(f"{label}: the adapter is for a {component!r}, which this pipeline does not have.")
-        model = components[component]
-        for name, (d, k) in layers.items():
-            linear = _linear(model, name)
-            where = f"{component}.{name}"
-            if linear is not None and _in_fused_attention(model, name):
-                raise AdapterFileError(f"{label}: {where} has fused projections; call unfuse_qkv_projections() first.")
-            if linear is None:
-                raise AdapterFileError(
-                    f"{label}: the adapter was trained on {trained_on} with a {d}x{k} layer at {where}, "
-                    "this model has no linear layer there."
-                )
-            if (linear.out_features, linear.in_features) != (d, k):
-                raise AdapterFileError(
-                    f"{label}: the adapter was trained on {trained_on} with {d}x{k} at {where}, "
-                    f"this model has {linear.out_features}x{linear.in_features}."
-                )
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear | None:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        return None
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return module if isinstance(module, nn.Linear) else None
-
-
-def _in_fused_attention(model: nn.Module, name: str) -> bool:
-    """Whether a projection has been copied into a fused one, so that adapting it would do nothing."""
-    parts = name.split(".")
-    ancestors = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
-    return any(getattr(ancestor, "fused_projections", False) for ancestor in ancestors)
-
-
-def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_name: str) -> None:
-    """Put a checked adapter into the models; on any failure they are left as they were."""
-    attached = []
-    present = [m for c in adapter.layers for m in components[c].modules() if isinstance(m, S2FTLayer)]
-    active = [(layer, list(layer.active_adapters)) for layer in present]
-    try:
-        for component, layers in adapter.layers.items():
-            model = components[component]
-            attached.append(model)
-            config = replace(adapter.configs[component], target_modules=list(layers), inference_mode=True)
-            config.n_frequency_pattern = {
-                name.replace(".", r"\."): layer.coefficients.numel() for name, layer in layers.items()
-            }
-            inject_adapter_in_model(config, model, adapter_name)
-            model.peft_config[adapter_name].n_frequency_pattern = adapter.configs[component].n_frequency_pattern
-            model._hf_peft_config_loaded = True
-            for name, delta in _named_deltas(model, adapter_name).items():
-                state = {key: tensor.to(delta.positions.device) for key, tensor in layers[name].tensors().items()}
-                delta.load_state_dict(state, assign=True)  # in the file's type
-    except BaseException:
-        for model in attached:
-            detach_adapters(model, adapter_name)
-        for layer, names in active:
-            layer.set_adapter(names, inference_mode=True)
-        raise
-
-
-def _check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_name: str | None, label: str) -> None:
-    """Raise ValueError unless the adapter can take the place of `adapter_name`."""
-    present = {c: _named_deltas(model, adapter_name) for c, model in components.items()}
-    present = {component: deltas for component, deltas in present.items() if deltas}
-    if not present:
-        raise ValueError(f"hotswap needs the name of a loaded S2FT adapter to replace, got {adapter_name!r}.")
-    for component in sorted(present.keys() | adapter.layers.keys()):
-        old, new = present.get(component, {}), adapter.layers.get(component, {})
-        if different := sorted(old.keys() ^ new.keys()):
-            where = f"{component}.{different[0]}"
-            raise ValueError(f"{label}: cannot be swapped in: only one of the two adapters has {where}.")
-        for name, layer in new.items():
-            place = old[name]
-            found, wanted = tuple(layer.coefficients.shape), tuple(place.coefficients.shape)
-            if (found, adapter.configs[component].norm) != (wanted, place.norm):
-                raise ValueError(
-                    f"{label}: cannot be swapped in: {component}.{name} has coefficients {found} with norm "
-                    f"{adapter.configs[component].norm!r}, the place {wanted} with {place.norm!r}."
-                )
-
-
-@torch.no_grad()
-def swap_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_name: str) -> None:
-    """Give a loaded adapter the values of another, in place."""
-    for component, layers in adapter.layers.items():
-        model = components[component]
-        place = model.peft_config[adapter_name]
-        factor = adapter.configs[component].scaling / place.scaling
-        config = replace(
-            adapter.configs[component],
-            scaling=place.scaling, target_modules=place.target_modules, inference_mode=place.inference_mode,
-        )  # fmt: skip
-        model.peft_config[adapter_name] = config
-        for module in model.modules():
-            if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
-                module.s2ft_config[adapter_name] = config
-        for name, delta in _named_deltas(model, adapter_name).items():
-            for key, tensor in layers[name].tensors().items():
-                getattr(delta, key).copy_(tensor.float() * factor if key == "coefficients" else tensor)
-
-
-def _named_deltas(model: nn.Module, adapter_name: str | None) -> dict[str, SpectralDelta]:
-    """An adapter's deltas in a model, by the names of the linear layers."""
-    return {
-        module_name(name): module.s2ft_delta[adapter_name]
-        for name, module in model.named_modules()
-        if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta
-    }
-
-
-def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Remove one S2FT adapter, or all, from a model; layers that are left without one make way for what they wrap."""
-    configs = getattr(model, "peft_config", {})
-    for name, module in reversed(list(model.named_modules())):  # inside first: names outside stay true
-        if not isinstance(module, S2FTLayer):
-            continue
-        for adapter in list(module.s2ft_delta):
-            if adapter_name in (None, adapter):
-                module.delete_adapter(adapter)
-        if not module.s2ft_delta:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
-    for name in _s2ft_configs(model):
-        if adapter_name in (None, name):
-            del configs[name]
-    if not configs and hasattr(model, "peft_config"):
-        del model.peft_config
-        model._hf_peft_config_loaded = False
 
 
 def _layers(pipeline: DiffusionPipeline) -> list[S2FTLayer]:
@@ -385,67 +212,6 @@ def _offloading_paused(pipeline: DiffusionPipeline) -> Iterator[None]:
                     _maybe_remove_and_reapply_group_offloading(component)
 
 
-# Sources -------------------------------------------------------------------------------------------------------------
-
-
-def find_adapter_file(
-    source: str | os.PathLike,
-    *,
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> Path:
-    """The file that a path or a repository name means; one on the hub is downloaded.
-
-    Raises AdapterFileError where there is none, and OSError where the hub cannot be reached or has none.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        folder = path / subfolder if subfolder else path
-        names = [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_WEIGHTS_NAME]
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-        raise AdapterFileError(f"{folder}: there is no {' or '.join(names)} in it.")
-    if path.is_absolute() or str(source).endswith(".safetensors"):
-        raise AdapterFileError(f"{source}: there is no such file or folder.")
-    options = {"subfolder": subfolder, "revision": revision, "token": token}
-    try:
-        try:
-            return Path(hf_hub_download(str(source), weight_name or WEIGHTS_NAME, **options))
-        except EntryNotFoundError as error:
-            if weight_name or isinstance(error, LocalEntryNotFoundError):
-                raise
-            hf_hub_download(str(source), "adapter_config.json", **options)
-            return Path(hf_hub_download(str(source), PEFT_WEIGHTS_NAME, **options))
-    except HFValidationError:
-        raise AdapterFileError(f"{source}: neither a file, nor a folder, nor the name of a repository.") from None
-    except LocalEntryNotFoundError as error:
-        raise OSError(f"{source}: no such local path, and the hub cannot be reached ({error}).") from error
-    except EntryNotFoundError as error:
-        raise OSError(f"{source}: the repository has no {weight_name or WEIGHTS_NAME}.") from error
-    except HfHubHTTPError as error:
-        raise OSError(f"{source}: no such local path, and the hub says: {error}") from error
-
-
-def _is_peft(path: Path) -> bool:
-    return path.name == PEFT_WEIGHTS_NAME and (path.parent / "adapter_config.json").is_file()
-
-
-def _read_peft(path: Path, components: Mapping[str, nn.Module]) -> Adapter:
-    try:
-        config = PeftConfig.from_pretrained(path.parent)
-        state_dict = load_file(path)
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise AdapterFileError(f"{path}: cannot be read as a PEFT adapter ({error}).") from None
-    if not isinstance(config, S2FTConfig):
-        raise AdapterFileError(f"{path}: a {config.peft_type} adapter, not S2FT.")
-    return adapter_from_peft(state_dict, config, _denoiser_name(components), str(path))
-
-
 # What diffusers does not know of -------------------------------------------------------------------------------------
 
 
@@ -454,7 +220,7 @@ def _guard_unload_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def unload_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = [(model, _s2ft_chains(model), _s2ft_configs(model)) for model in adaptable_components(self).values()]
+        kept = [(model, _s2ft_chains(model), s2ft_configs(model)) for model in adaptable_components(self).values()]
         result = original(self, *args, **kwargs)
         for model, chains, configs in kept:
             for name, layers in chains.items():
@@ -479,10 +245,6 @@ def _s2ft_chains(model: nn.Module) -> dict[str, list[S2FTLayer]]:
         if isinstance(module, S2FTLayer) and module.s2ft_delta:
             chains.setdefault(module_name(name), []).insert(0, module)
     return chains
-
-
-def _s2ft_configs(model: nn.Module) -> dict[str, S2FTConfig]:
-    return {n: c for n, c in getattr(model, "peft_config", {}).items() if c.peft_type == S2FTType.S2FT}
 
 
 VERBS = (load_s2ft_weights, save_s2ft_weights, unload_s2ft_weights, fuse_s2ft, unfuse_s2ft)

@@ -1,0 +1,180 @@
+"""Adapters into models and out of them: what fits where, attaching, swapping in place, detaching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .adapter_file import COMPONENTS, Adapter, AdapterFileError, module_name
+from .config import S2FTConfig, S2FTType
+from .layer import S2FTLayer, SpectralDelta
+
+
+def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The models of a pipeline that an adapter may belong to, by component name."""
+    found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
+    return {name: getattr(model, "_orig_mod", model) for name, model in found.items() if isinstance(model, nn.Module)}
+
+
+def denoiser_name(components: Mapping[str, nn.Module]) -> str:
+    """Which of a pipeline's models is its denoiser."""
+    return next(name for name in (*components, "unet") if name in ("unet", "transformer"))
+
+
+def check_fits(adapter: Adapter, components: Mapping[str, nn.Module], label: str) -> None:
+    """Raise AdapterFileError unless every layer of the adapter has its linear layer of equal shape in the models."""
+    shapes = {c: {name: layer.shape for name, layer in layers.items()} for c, layers in adapter.layers.items()}
+    check_shapes(shapes, components, label, adapter.info.base_model)
+
+
+def check_shapes(
+    shapes: Mapping[str, Mapping[str, tuple[int, int]]],
+    components: Mapping[str, nn.Module],
+    label: str,
+    base_model: str | None = None,
+) -> None:
+    """`check_fits` for the shapes (d, k) of layers by component, as a file's header has them."""
+    trained_on = base_model or "another model"
+    for component, layers in shapes.items():
+        if component not in components:
+            raise AdapterFileError(f"{label}: the adapter is for a {component!r}, which this pipeline does not have.")
+        model = components[component]
+        for name, (d, k) in layers.items():
+            linear = _linear(model, name)
+            where = f"{component}.{name}"
+            if linear is not None and _in_fused_attention(model, name):
+                raise AdapterFileError(f"{label}: {where} has fused projections; call unfuse_qkv_projections() first.")
+            if linear is None:
+                raise AdapterFileError(
+                    f"{label}: the adapter was trained on {trained_on} with a {d}x{k} layer at {where}, "
+                    "this model has no linear layer there."
+                )
+            if (linear.out_features, linear.in_features) != (d, k):
+                raise AdapterFileError(
+                    f"{label}: the adapter was trained on {trained_on} with {d}x{k} at {where}, "
+                    f"this model has {linear.out_features}x{linear.in_features}."
+                )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear | None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module if isinstance(module, nn.Linear) else None
+
+
+def _in_fused_attention(model: nn.Module, name: str) -> bool:
+    """Whether a projection has been copied into a fused one, so that adapting it would do nothing."""
+    parts = name.split(".")
+    ancestors = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
+    return any(getattr(ancestor, "fused_projections", False) for ancestor in ancestors)
+
+
+def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_name: str) -> None:
+    """Put a checked adapter into the models; on any failure they are left as they were."""
+    attached = []
+    present = [m for c in adapter.layers for m in components[c].modules() if isinstance(m, S2FTLayer)]
+    active = [(layer, list(layer.active_adapters)) for layer in present]
+    try:
+        for component, layers in adapter.layers.items():
+            model = components[component]
+            attached.append(model)
+            config = replace(adapter.configs[component], target_modules=list(layers), inference_mode=True)
+            config.n_frequency_pattern = {
+                name.replace(".", r"\."): layer.coefficients.numel() for name, layer in layers.items()
+            }
+            inject_adapter_in_model(config, model, adapter_name)
+            model.peft_config[adapter_name].n_frequency_pattern = adapter.configs[component].n_frequency_pattern
+            model._hf_peft_config_loaded = True
+            for name, delta in _named_deltas(model, adapter_name).items():
+                state = {key: tensor.to(delta.positions.device) for key, tensor in layers[name].tensors().items()}
+                delta.load_state_dict(state, assign=True)  # in the file's type
+    except BaseException:
+        for model in attached:
+            detach_adapters(model, adapter_name)
+        for layer, names in active:
+            layer.set_adapter(names, inference_mode=True)
+        raise
+
+
+def check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_name: str | None, label: str) -> None:
+    """Raise ValueError unless the adapter can take the place of `adapter_name`."""
+    present = {c: _named_deltas(model, adapter_name) for c, model in components.items()}
+    present = {component: deltas for component, deltas in present.items() if deltas}
+    if not present:
+        raise ValueError(f"hotswap needs the name of a loaded S2FT adapter to replace, got {adapter_name!r}.")
+    for component in sorted(present.keys() | adapter.layers.keys()):
+        old, new = present.get(component, {}), adapter.layers.get(component, {})
+        if different := sorted(old.keys() ^ new.keys()):
+            where = f"{component}.{different[0]}"
+            raise ValueError(f"{label}: cannot be swapped in: only one of the two adapters has {where}.")
+        for name, layer in new.items():
+            place = old[name]
+            found, wanted = tuple(layer.coefficients.shape), tuple(place.coefficients.shape)
+            if (found, adapter.configs[component].norm) != (wanted, place.norm):
+                raise ValueError(
+                    f"{label}: cannot be swapped in: {component}.{name} has coefficients {found} with norm "
+                    f"{adapter.configs[component].norm!r}, the place {wanted} with {place.norm!r}."
+                )
+
+
+@torch.no_grad()
+def swap_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_name: str) -> None:
+    """Give a loaded adapter the values of another, in place."""
+    for component, layers in adapter.layers.items():
+        model = components[component]
+        place = model.peft_config[adapter_name]
+        factor = adapter.configs[component].scaling / place.scaling
+        config = replace(
+            adapter.configs[component],
+            scaling=place.scaling, target_modules=place.target_modules, inference_mode=place.inference_mode,
+        )  # fmt: skip
+        model.peft_config[adapter_name] = config
+        for module in model.modules():
+            if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
+                module.s2ft_config[adapter_name] = config
+        for name, delta in _named_deltas(model, adapter_name).items():
+            for key, tensor in layers[name].tensors().items():
+                getattr(delta, key).copy_(tensor.float() * factor if key == "coefficients" else tensor)
+
+
+def _named_deltas(model: nn.Module, adapter_name: str | None) -> dict[str, SpectralDelta]:
+    """An adapter's deltas in a model, by the names of the linear layers."""
+    return {
+        module_name(name): module.s2ft_delta[adapter_name]
+        for name, module in model.named_modules()
+        if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta
+    }
+
+
+def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Remove one S2FT adapter, or all, from a model; layers that are left without one make way for what they wrap."""
+    configs = getattr(model, "peft_config", {})
+    for name, module in reversed(list(model.named_modules())):  # inside first: names outside stay true
+        if not isinstance(module, S2FTLayer):
+            continue
+        for adapter in list(module.s2ft_delta):
+            if adapter_name in (None, adapter):
+                module.delete_adapter(adapter)
+        if not module.s2ft_delta:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base_layer)
+    for name in s2ft_configs(model):
+        if adapter_name in (None, name):
+            del configs[name]
+    if not configs and hasattr(model, "peft_config"):
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+def s2ft_configs(model: nn.Module) -> dict[str, S2FTConfig]:
+    """A model's S2FT adapters, by name."""
+    return {n: c for n, c in getattr(model, "peft_config", {}).items() if c.peft_type == S2FTType.S2FT}
