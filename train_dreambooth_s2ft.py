@@ -114,11 +114,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = Prompts(base.tokenizer, base.text_encoder, args.tokenizer_max_length, live=args.train_text_encoder)
     if resume_path is None:  # else order and positions are the checkpoint's
         loss = DiffusionLoss(base.unet, base.scheduler, prompts, snr_gamma=args.snr_gamma)
+        args.estimate_draws = estimate_draws(args, len(sources[0]), accelerator)
         with phases("estimate") as say:
             batches = estimate_batches(args, streams[0], sources[0], accelerator)
             prior = estimate(args, components, loss, batches, accelerator)
-            draws = estimate_draws(args, len(sources[0]), accelerator)
-            say(f"{args.estimate}, {draws} draws of {len(sources[0])} images")
+            say(f"{args.estimate}, {args.estimate_draws} draws of {len(sources[0])} images")
         with phases("rearrange") as say:
             place_from_prior(list(components.values()), prior, adapter_name=ADAPTER, progress=True)
             say(f"{len(prior)} layers")
@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if resume_path is not None:
         state = checkpoints.load(resume_path)
         logger.info("Resuming from %s, after step %d.", resume_path, state.step)
+        for name in ("estimate", "estimate_draws"):  # as it was made, whatever is asked for now
+            setattr(args, name, state.flags.get(name, getattr(args, name)))
     state.flags = run_flags(args)
     accelerator.init_trackers("dreambooth-s2ft", config=state.flags)
 
@@ -186,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "preset": args.preset,
             "targets": args.targets,
             "estimate": args.estimate,
+            "estimate_draws": args.estimate_draws,
             "seed": args.seed,
             "resolution": plan.resolution,
             "trainable": sum(p.numel() for p in trainable),

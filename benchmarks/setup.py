@@ -3,9 +3,9 @@
     python -m benchmarks.setup --shape sd15 --json docs/results/setup.json
     python -m benchmarks.setup --growth --json docs/results/setup.json
 
-The first times a gradient of the estimate and a training step beside it, and from its prior the search
-for orders and the sampling, for both presets and both choices of layers. The last column is the whole set-up as a share
-of a default training run, with five photos. `--growth` goes over
+The first times a gradient of the estimate and a training step beside it, and from its prior the search for orders and
+the sampling, for both presets and both choices of layers. The last column is the whole set-up as a share of a default
+training run, with five photos. `--growth` goes over
 sizes of one layer and numbers in it instead.
 """
 
@@ -15,7 +15,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
+from accelerate import Accelerator
 from peft import inject_adapter_in_model
 
 from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior
@@ -49,7 +49,7 @@ def main() -> None:
     rows = []
     for preset in ("paper", "default"):
         defaults = parse_arguments(["--instance_dir", "photos", "--preset", preset])
-        draws = estimate_draws(defaults, PHOTOS, PartialState())
+        gradients = PHOTOS * estimate_draws(defaults, PHOTOS, Accelerator(cpu=True))
         for targets in ("qv", "attention"):
             model = sharing_weights(base)
             config = S2FTConfig.from_preset(
@@ -77,11 +77,12 @@ def main() -> None:
                 alternate({"place": lambda m=model, p=priors: place_from_prior(m, p[0])}, args.rounds, 0)
             )
             seconds["estimate"] /= GRADIENTS
-            setup = PHOTOS * draws * seconds["estimate"] + seconds["place"]
+            setup = gradients * seconds["estimate"] + seconds["place"]
             rows.append(
                 {
                     "preset": preset,
                     "layers": f"{len(priors[0])} {targets}",
+                    "gradients": gradients,
                     "one gradient, s": round(seconds["estimate"], 3),
                     "rearrange + sample, s": round(seconds["place"], 3),
                     "training step of one image, s": round(seconds["step"], 3),
@@ -90,7 +91,7 @@ def main() -> None:
                     ),
                 }
             )
-    report("setup", args, rows, draws=PHOTOS * draws, steps=DEFAULT_STEPS)
+    report("setup", args, rows, steps=DEFAULT_STEPS)
 
 
 def growth(rounds: int) -> list[dict]:

@@ -13,6 +13,7 @@ from peft import FourierFTConfig, LoraConfig, PeftConfig, WaveFTConfig
 from torch import nn
 
 from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS, parse_arguments, s2ft_config
+from s2ft_diffusion.dreambooth.batches import ESTIMATE_SHARE, FULL_DRAWS
 
 FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
 LORA_NUMBERS = 12.0
@@ -51,6 +52,8 @@ def _options(flags: tuple[str, ...]) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in S2FT_OPTIONS if name != "n_frequency"}
     if args.n_frequency is not None:  # its own size instead of the comparison's
         options["n_frequency"] = args.n_frequency
+    if args.estimate_draws is None:  # then by a rule, which is part of what the method is
+        args.estimate_draws = [ESTIMATE_SHARE, *FULL_DRAWS]
     return {**options, **{name: getattr(args, name) for name in ESTIMATE}}
 
 

@@ -143,7 +143,9 @@ def test_estimate_draws_are_stratified() -> None:
     ("flags", "images", "processes", "draws"),
     [
         ((), 5, 1, 8),
-        ((), 5, 2, 8),  # every process takes all steps of the estimate, and as many steps of training
+        (("--train_batch_size", "2"), 5, 1, 16),
+        ((), 5, 2, 16),  # the same run, shared by two processes
+        (("--num_train_epochs", "100"), 5, 1, 8),
         (("--max_train_steps", "300", "--train_batch_size", "4"), 6, 1, 16),
         (("--gradient_accumulation_steps", "2"), 5, 1, 16),
         (("--max_train_steps", "20"), 5, 1, 4),

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--signs", type=_yes_no, metavar="yes|no", help="let rows and columns be negated")
     add("--refine", choices=("2opt", "none"), help="how the order is refined")
     add("--estimate", choices=("gradient", "normalized", "full"), help="how the weight change is pre-estimated")
-    add("--estimate_draws", type=int, help="its noise and timestep draws per image; by default 8, for full by the run")
+    add("--estimate_draws", type=int, help="its noise and timestep draws per image; by default 8, for full 4 to 24")
     add("--adapter_dtype", choices=DTYPES, default="float32", help="type of the stored coefficients")
 
     add = parser.add_argument_group("training").add_argument
@@ -130,15 +130,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 LEARNING_RATE = 1e-3  # what measured best on the embedded base, for both presets: docs/learning-rate.md
 DEFAULT_STEPS = 500
-# docs/evaluation.md
-ESTIMATES = {"default": "full", "paper": "gradient"}
-ESTIMATE_DRAWS = 8
+ESTIMATES = {"default": "full", "paper": "gradient"}  # docs/evaluation.md
+ESTIMATE_DRAWS = 8  # for "gradient" and "normalized"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; raises InputError for flags that contradict each other.
 
-    Fills in what depends on other flags: the prompt, and the preset's estimate.
+    Fills in what depends on other flags: the prompt, the preset's estimate and its draws.
     """
     args = build_parser().parse_args(argv)
     args.prompt_was_given = args.instance_prompt is not None

@@ -12,7 +12,9 @@ from .arguments import DEFAULT_STEPS
 from .draws import Draw, DrawStream, process_slots, replayed
 from .loss import LatentSource
 
-ESTIMATE_SHARE = 0.08  # with the search for the rearrangement the set-up stays below a tenth of a run
+# Of "full", a step each: 8 % of the images that training sees, about as much of the time at one image a batch
+# (docs/performance.md), but no fewer and no more of each image than these.
+ESTIMATE_SHARE = 0.08
 FULL_DRAWS = (4, 24)
 
 Sample = tuple[Draw, LatentSource, str, float]
@@ -36,12 +38,12 @@ def total_steps(args: argparse.Namespace, images: int, accelerator: Accelerator)
 def estimate_draws(args: argparse.Namespace, images: int, accelerator: Accelerator) -> int:
     """Draws of each of the `images` for the estimate.
 
-    Unless given, those of "full", a step each, grow with the run: a prior of more steps is a better one, and takes
-    `ESTIMATE_SHARE` of what training takes, within `FULL_DRAWS`.
+    Unless given, those of "full" are `ESTIMATE_SHARE` of the images that training sees, within `FULL_DRAWS`: a prior of
+    more steps is a better one. However many processes share a run's batches, its prior is the same.
     """
     if args.estimate_draws is not None:
         return args.estimate_draws
-    trained = total_steps(args, images, accelerator) * images_per_step(args, accelerator) / accelerator.num_processes
+    trained = total_steps(args, images, accelerator) * images_per_step(args, accelerator)
     least, most = FULL_DRAWS
     return max(least, min(most, round(ESTIMATE_SHARE * trained / images)))
 
