@@ -14,7 +14,7 @@ from .methods import METHODS, Method
 from .protocol import DEVELOPMENT, add_protocol_arguments
 from .rates import STEP
 from .study import run_study
-from .table import markdown
+from .table import markdown, markdown_of_trials
 
 # Group, then each variant's flags for the trainer, on top of the default preset.
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -73,5 +73,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     study = run_study(args, methods(args.groups), beside=DEFAULT.name)
     if study is None:
         return {}
-    study.write("ablation", markdown(study.report, DEFAULT.name))
+    table = markdown if args.seeds else markdown_of_trials
+    study.write("ablation", table(study.report, DEFAULT.name))
     return study.report

@@ -105,6 +105,23 @@ def markdown(found: dict[str, Any], own: str) -> str:
     return "\n".join(lines)
 
 
+def markdown_of_trials(found: dict[str, Any], own: str) -> str:
+    """The table of a report without images: the loss on unseen pictures, one method's minus each other's, and rates."""
+    title = next(row["title"] for row in found["rows"] if row["method"] == own)
+    lines = [f"| method | held out ↓ | {title}, minus | rate |", "| --- | --- | --- | --- |"]
+    for row in found["rows"]:
+        name = row["method"]
+        difference = "" if name == own else _difference(found["paired"], own, name, "held_out")
+        lines.append(f"| {row['title']} | {_plain(row['held_out'])} | {difference} | {found['rates'][name]:.1e} |")
+    lines += [
+        "",
+        f"Loss on unseen pictures, relative to the base's, {_counted(found['development'], found['trial_seeds'])}, at "
+        "the best of as many learning rates for each; mean ± standard error over trainings, 95 % intervals, bold where "
+        "they exclude zero.",
+    ]
+    return "\n".join(lines)
+
+
 def _counted(subjects: Sequence[str], seeds: int) -> str:
     return f"{len(subjects)} subjects, {seeds} seed{'s' * (seeds != 1)} each"
 

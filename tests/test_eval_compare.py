@@ -323,6 +323,13 @@ def test_ablation_by_unseen_pictures_alone(tmp_path) -> None:
     assert report["rows"][0]["held_out"]["stderr"] > 0
     assert [(p["metric"], p["n"]) for p in report["paired"]] == [("held_out", 4)]
     assert not list(tmp_path.rglob("cells"))
+    table = (tmp_path / "ablation.md").read_text()
+    assert "DINO" not in table
+    row = next(line for line in table.splitlines() if line.startswith("| coefficients: real |"))
+    difference = (
+        -report["paired"][0]["mean"] if report["paired"][0]["a"] != "ablation-default" else report["paired"][0]["mean"]
+    )
+    assert f"{difference:+.3f}" in row
     assert main([*options, "--seeds", "-1"]) == 2
     assert main(["compare", *options[3:]]) == 2
 
