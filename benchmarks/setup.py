@@ -5,8 +5,7 @@
 
 The first times a gradient of the estimate and a training step beside it, and from its prior the search for orders and
 the sampling, for both presets and both choices of layers. The last column is the whole set-up as a share of a default
-training run, with five photos. `--growth` goes over
-sizes of one layer and numbers in it instead.
+training run, with five photos. `--growth` goes over sizes of one layer and numbers in it instead.
 """
 
 from __future__ import annotations

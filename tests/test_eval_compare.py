@@ -16,7 +16,7 @@ from PIL import Image
 
 pytest.importorskip("open_clip")
 
-from eval import ablation, cells, spectrum
+from eval import ablation, cells, methods, spectrum
 from eval.__main__ import main
 from eval.methods import LORA_NUMBERS, METHODS, Method, lora_rank, numbers, peft_config
 from eval.protocol import Subject, find_subjects
@@ -307,6 +307,14 @@ def test_ablation_reports(tmp_path) -> None:
     assert report["rows"][1]["trainable"] == pytest.approx(report["rows"][2]["trainable"], rel=2e-3)
     assert {(p["a"], p["b"]) for p in report["paired"]} == {("ablation-default", "coefficients-real")}
     assert "| coefficients: real |" in (tmp_path / "ablation.md").read_text()
+
+
+def test_a_method_is_another_one_under_another_rule_for_its_estimate(monkeypatch) -> None:
+    before = {method.name: method.definition() for method in METHODS}
+    monkeypatch.setattr(methods, "ESTIMATE_SHARE", 0.5)
+    monkeypatch.setattr(methods, "_options", methods._options.__wrapped__)
+    changed = [method.name for method in METHODS if method.definition() != before[method.name]]
+    assert changed == ["s2ft-default"]
 
 
 def test_ablation_by_unseen_pictures_alone(tmp_path) -> None:

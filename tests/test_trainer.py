@@ -121,9 +121,10 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> No
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert (killed / f"checkpoint-{step}").exists()
-    done = run(photos, killed, *flags, "--resume_from_checkpoint", "latest")
+    done = run(photos, killed, *flags, "--resume_from_checkpoint", "latest", "--estimate_draws", "3")
     assert done.returncode == 0, done.stderr
     assert "Resuming from" in done.stdout
+    assert json.loads((killed / "training.json").read_text())["estimate_draws"] == 1  # as it was made
     assert "estimate: " not in done.stdout  # order and positions are the checkpoint's
     assert (killed / WEIGHTS_NAME).read_bytes() == (tmp_path / "whole" / WEIGHTS_NAME).read_bytes()
     assert len(list(killed.glob("checkpoint-*"))) == 2
