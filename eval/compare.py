@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_protocol_arguments(parser, "outputs/compare")
     add = parser.add_argument
     add("--methods", nargs="+", choices=[m.name for m in METHODS if m.trains], help="by default all")
-    add("--quick", action="store_true", help="a small version of everything, in ten minutes on two CPU cores")
+    add("--quick", action="store_true", help="a small version of everything, in five minutes on two CPU cores")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
