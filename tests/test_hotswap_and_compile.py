@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from s2ft_diffusion import S2FTConfig, S2FTLinear, attention_targets
 from s2ft_diffusion.adapter_file import read_adapter
 from s2ft_diffusion.seeding import seeded
 from tests.conftest import add, generate, same_state, second_folder, state
+
+
+def second(pipe, tmp_path) -> tuple[Path, torch.Tensor]:
+    """Another adapter's folder, and the images it makes."""
+    other = second_folder(pipe, tmp_path)
+    pipe.load_s2ft_weights(other)
+    wanted = generate(pipe)
+    pipe.unload_s2ft_weights()
+    return other, wanted
 
 
 def test_compile(pipe, folder) -> None:
@@ -48,10 +58,7 @@ def test_compiled_block_samples_and_trains(pipe) -> None:
 
 def test_hotswap(pipe, folder, tmp_path) -> None:
     path, expected = folder
-    other = second_folder(pipe, tmp_path)
-    pipe.load_s2ft_weights(other)
-    wanted = generate(pipe)
-    pipe.unload_s2ft_weights()
+    other, wanted = second(pipe, tmp_path)
     name = pipe.load_s2ft_weights(path, adapter_name="place")
     assert torch.equal(generate(pipe), expected)
     layers = [module for module in pipe.unet.modules() if isinstance(module, S2FTLinear)]
@@ -97,10 +104,7 @@ def test_what_cannot_be_swapped_changes_nothing(pipe, folder, tmp_path) -> None:
 
 def test_hotswap_compiles_nothing_again(pipe, folder, tmp_path) -> None:
     path, expected = folder
-    other = second_folder(pipe, tmp_path)
-    pipe.load_s2ft_weights(other)
-    wanted = generate(pipe)
-    pipe.unload_s2ft_weights()
+    other, wanted = second(pipe, tmp_path)
     pipe.load_s2ft_weights(path, adapter_name="place")
     torch.compiler.reset()
     pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
