@@ -61,11 +61,21 @@ def choose(page: playwright.Page, adapter: str) -> None:
     page.get_by_role("option", name=adapter, exact=True).click()
 
 
+def set_number(page: playwright.Page, label: str, value: float) -> None:
+    """Type into a slider's field. One that has only just been shown can still take its first value back: type again."""
+    field = page.get_by_label(f"number input for {label}").locator("visible=true").first
+    for _ in range(20):
+        field.fill(str(value))
+        field.press("Tab")
+        page.wait_for_timeout(250)
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"{label} does not stay {value}")
+
+
 def set_steps(page: playwright.Page, steps: int) -> None:
     page.get_by_role("button", name="More").locator("visible=true").click()
-    field = page.get_by_label("number input for Steps").locator("visible=true").first
-    field.fill(str(steps))
-    field.press("Tab")
+    set_number(page, "Steps", steps)
 
 
 def generated(page: playwright.Page) -> bytes:
@@ -102,9 +112,7 @@ def test_pick_an_adapter_generate_and_see_strength_count(page) -> None:
     assert Image.open(io.BytesIO(first)).format == "PNG"
     assert '"steps": 4' in Image.open(io.BytesIO(first)).info["s2ft"]
     assert np.array_equal(pixels(generated(page)), pixels(first))
-    strength = page.get_by_label("number input for Strength").locator("visible=true").first
-    strength.fill("0.3")
-    strength.press("Tab")
+    set_number(page, "Strength", 0.3)
     weaker = generated(page)
     assert not np.array_equal(pixels(weaker), pixels(first))
     # what the download button saves is the PNG with its settings
@@ -114,8 +122,7 @@ def test_pick_an_adapter_generate_and_see_strength_count(page) -> None:
     saved = Path(download.value.path()).read_bytes()
     assert saved == weaker
     # the settings of an image in the history go back into the controls
-    strength.fill("1.1")
-    strength.press("Tab")
+    set_number(page, "Strength", 1.1)
     tab(page, "History")
     page.locator("#history img").first.click()
     page.locator("#use-settings").click()
@@ -124,9 +131,7 @@ def test_pick_an_adapter_generate_and_see_strength_count(page) -> None:
 
 def test_cancel(page) -> None:
     set_steps(page, 100)
-    images = page.get_by_label("number input for Images").locator("visible=true").first
-    images.fill("8")
-    images.press("Tab")
+    set_number(page, "Images", 8)
     button(page, "Generate").click()
     page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('step')")
     button(page, "Cancel").click()
@@ -163,10 +168,8 @@ def test_train_and_reload_meanwhile(page, photos, served, monkeypatch) -> None:
     page.locator("#photos").get_by_text("0.png").wait_for()
     page.locator("#subject textarea, #subject input").fill("Waldo")
     page.locator("#kind textarea, #kind input").fill("dog")
-    for label, value in (("Steps", "60"), ("Trainable numbers a layer", "100")):
-        field = page.get_by_label(f"number input for {label}").locator("visible=true")
-        field.fill(value)
-        field.press("Tab")
+    set_number(page, "Steps", 60)
+    set_number(page, "Trainable numbers a layer", 100)
     page.locator("#train").click()
     report = page.locator("#training")
     report.get_by_text("estimate").first.wait_for()
@@ -184,9 +187,7 @@ def test_train_and_reload_meanwhile(page, photos, served, monkeypatch) -> None:
 
 def test_compare_and_inspect(page) -> None:
     tab(page, "Compare")
-    field = page.get_by_label("number input for Steps").locator("visible=true")
-    field.fill("2")
-    field.press("Tab")
+    set_number(page, "Steps", 2)
     page.locator("#compare").click()
     page.wait_for_function("document.querySelector('#sheet img')?.naturalWidth > 800")
     tab(page, "Inspect")
