@@ -50,7 +50,6 @@ def plot_tradeoff(found: dict[str, Any], path: Path) -> None:
     """DINO against CLIP-T, with the trainable share as the area of the dots."""
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    across = [row["clip_t"]["mean"] for row in found["rows"]]
     for i, row in enumerate(found["rows"]):
         area = 40 + 25 * max(0.0, np.log10(max(row["share"], 1e-6)) + 5) ** 2
         x, y = row["clip_t"], row["dino"]
@@ -58,18 +57,11 @@ def plot_tradeoff(found: dict[str, Any], path: Path) -> None:
         axes.errorbar(
             x["mean"], y["mean"], xerr=x["stderr"] or 0, yerr=y["stderr"] or 0, color=colour, linewidth=1, zorder=1
         )
-        axes.scatter(x["mean"], y["mean"], s=area, color=colour, alpha=0.75, zorder=2)
         share = f", {row['share']:.2%}" if row["share"] else ""
-        right = x["mean"] > (min(across) + max(across)) / 2  # a label there would leave the axes
-        axes.annotate(
-            f"{row['title']}{share}",
-            (x["mean"], y["mean"]),
-            (-9 if right else 9, 6),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            fontsize=8,
-        )
+        label = f"{row['title']}{share}"
+        axes.scatter(x["mean"], y["mean"], s=area, color=colour, alpha=0.75, zorder=2, label=label)
     axes.margins(0.18)
+    axes.legend(fontsize=8, loc="lower left", markerscale=0.7, labelspacing=0.6)  # labels at the dots would overlap
     axes.set_xlabel("CLIP-T: faithful to the prompt")
     axes.set_ylabel("DINO: like the subject")
     axes.set_title("Above and to the right is better; larger dots train more", fontsize=9)
