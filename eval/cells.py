@@ -23,8 +23,8 @@ from PIL import Image
 from s2ft_diffusion.dreambooth.errors import InputError
 
 from .encoders import Encoders
-from .generation import claim, load_pipeline, make_images, read_images
-from .methods import BASE, Method
+from .generation import claim, image_path, load_pipeline, make_images, read_images, write_image
+from .methods import BASE, DRAWN, Method
 from .prompts import drift_prompts
 from .protocol import Protocol, Subject, make_protocol
 from .score import encoders_for
@@ -48,7 +48,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        rate = f"{self.rate:.2e}" if self.method.trains else "base"
+        rate = f"{self.rate:.2e}" if self.method.trains else self.method.name
         return self.root / self.kept_in / self.method.name / rate / f"{self.subject.name}-{self.seed}"
 
     @property
@@ -94,7 +94,8 @@ class Laboratory:
         """Make a cell or a trial; its result is written last."""
         begun = time.perf_counter()
         cell.folder.mkdir(parents=True, exist_ok=True)
-        found = self._try_out(cell) if isinstance(cell, Trial) else self._picture(cell)
+        work = self._try_out if isinstance(cell, Trial) else self._draw if cell.method == DRAWN else self._picture
+        found = work(cell)
         result = {
             "method": cell.method.name, "definition": cell.method.definition(), "rate": cell.rate,
             "subject": cell.subject.name, "seed": cell.seed, **found,
@@ -108,6 +109,16 @@ class Laboratory:
     def _try_out(self, trial: Trial) -> dict[str, Any]:
         run = replace(self.protocol.run(trial.subject, trial.seed), held_out=trial.subject.held_out())
         return {"held_out_loss": held_out_loss(trial.method, trial.rate, run, self.device)}
+
+    def _draw(self, cell: Cell) -> dict[str, Any]:
+        """Have the subject drawn as the prompts want it, and score that."""
+        prompts, real = self.protocol.prompts(cell.subject), cell.subject.real()
+        made = {p: cell.subject.toy.drawn(p.plain, self.protocol.images_per_prompt) for p in prompts}
+        for prompt, images in made.items():
+            for number, image in enumerate(images):
+                write_image(image, image_path(cell.images, prompt.text, number))
+        scores, of_photos = score_images(self.encoders, real, made), score_real(self.encoders, real)
+        return {"scores": scores.to_json(), "real": of_photos.to_json()}
 
     def _picture(self, cell: Cell) -> dict[str, Any]:
         """Train, picture and score."""
@@ -134,9 +145,13 @@ class Laboratory:
             "losses": [round(value, 5) for value in trained.losses],
         }  # fmt: skip
 
-    def make_bases(self, root: Path, subjects: Sequence[Subject]) -> list[Cell]:
-        """The finished cells of the base itself, beside which all others are scored. Raises RuntimeError."""
+    def make_references(self, root: Path, subjects: Sequence[Subject]) -> list[Cell]:
+        """The finished cells that all others are beside: of the base itself, and of each subject that can be drawn.
+
+        Raises RuntimeError.
+        """
         cells = [Cell(root, BASE, 0.0, subject, 0) for subject in subjects]
+        cells += [Cell(root, DRAWN, 0.0, subject, 0) for subject in subjects if subject.toy]
         if failed := self.make_all(cells):
             raise RuntimeError(f"{failed[0]} failed: {failed[0].failure()}")
         return cells

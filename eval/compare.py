@@ -22,7 +22,7 @@ QUICK = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_protocol_arguments(parser, "outputs/compare")
     add = parser.add_argument
-    add("--methods", nargs="+", choices=[m.name for m in METHODS if m.trains], help="by default all")
+    add("--methods", nargs="+", choices=[m.name for m in METHODS], help="by default all")
     add("--quick", action="store_true", help="a small version of everything, in five minutes on two CPU cores")
 
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             setattr(args, name, value if not args.subjects_dir or name not in ("development", "subjects") else None)
     if args.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {args.seeds}.")
-    methods = [m for m in METHODS if m.trains and (not args.methods or m.name in args.methods)]
+    methods = [m for m in METHODS if not args.methods or m.name in args.methods]
     study = run_study(args, methods)
     if study is None:
         return {}
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     plot_tradeoff(study.report, args.output_dir / "tradeoff.png")
     plot_losses(study.cells, methods, args.output_dir / "losses.png")
     for subject in study.subjects:
-        rows = [c for c in (*study.bases, *study.cells) if c.subject == subject and c.seed == 0]
+        rows = [c for c in (*study.references, *study.cells) if c.subject == subject and c.seed == 0]
         plot_sheet(subject, rows, study.protocol, args.output_dir / f"sheet-{subject.name}.png")
     study.write("compare", markdown(study.report, METHODS[-1].name))
     return study.report

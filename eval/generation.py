@@ -92,7 +92,6 @@ def make_images(
     batch_size: int = 1,
 ) -> None:
     """Make the images of prompts and seeds, `batch_size` at once, in this process."""
-    temporary = f".{os.getpid()}.tmp"
     with tqdm(total=len(wanted), desc=description, unit="image", disable=not wanted, mininterval=1) as bar:
         for i in range(0, len(wanted), batch_size):
             batch = wanted[i : i + batch_size]
@@ -105,11 +104,16 @@ def make_images(
                 generator=[seeded("eval", prompt, seed) for prompt, seed in batch],
             ).images
             for (prompt, seed), image in zip(batch, made, strict=True):
-                path = image_path(folder, prompt, seed)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image.save(path.with_suffix(temporary), "PNG")
-                path.with_suffix(temporary).replace(path)
+                write_image(image, image_path(folder, prompt, seed))
                 bar.update()
+
+
+def write_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG file that is there only when it is complete."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(temporary, "PNG")
+    temporary.replace(path)
 
 
 def read_images(folder: Path, prompt: str, seeds: Sequence[int]) -> list[Image.Image]:

@@ -19,7 +19,7 @@ FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
 LORA_NUMBERS = 12.0
 ESTIMATE = ("estimate", "estimate_draws")
 
-Kind = Literal["base", "full", "lora", "fourierft", "waveft", "s2ft"]
+Kind = Literal["drawn", "base", "full", "lora", "fourierft", "waveft", "s2ft"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Method:
 
     @property
     def trains(self) -> bool:
-        return self.kind != "base"
+        return self.kind not in ("drawn", "base")
 
     def definition(self) -> dict[str, Any]:
         """What the method is at this moment, presets resolved: results of another definition are no results of it."""
@@ -57,9 +57,11 @@ def _options(flags: tuple[str, ...]) -> dict[str, Any]:
     return {**options, **{name: getattr(args, name) for name in ESTIMATE}}
 
 
+# Not to be trained: what the others are beside. DRAWN is what they aim at, where a subject can be drawn.
+DRAWN = Method("drawn", "the subject, drawn", "drawn")
 BASE = Method("base", "base, nothing trained", "base")
+REFERENCES = (DRAWN, BASE)
 METHODS = (
-    BASE,
     Method("full", "DreamBooth, full", "full", 3e-5),
     Method("lora", "LoRA", "lora", 1e-3),
     Method("fourierft", "FourierFT", "fourierft", 1e-2),

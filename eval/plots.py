@@ -11,6 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .methods import REFERENCES
+
 if TYPE_CHECKING:
     from .cells import Cell
     from .methods import Method
@@ -20,18 +22,19 @@ TITLES = {
     "dino": "DINO (higher is better)", "clip_i": "CLIP-I (higher is better)", "clip_t": "CLIP-T (higher is better)",
     "lpips": "LPIPS diversity (higher is more diverse)", "drift": "drift, LPIPS (lower is better)",
 }  # fmt: skip
-COLOURS = ("#9aa0a6", "#4c566a", "#d08770", "#b48ead", "#88a36f", "#81a1c1", "#1f5fbf", "#c0392b")
+COLOURS = ("#2b303b", "#9aa0a6", "#4c566a", "#d08770", "#b48ead", "#88a36f", "#81a1c1", "#1f5fbf", "#c0392b")
 SHEET_COLUMNS = 8
 
 
 def plot_bars(found: dict[str, Any], path: Path) -> None:
     """The table's scores as bars with standard errors; a dashed line where the real photos are."""
     figure = Figure(figsize=(16, 3.6), layout="constrained")
-    rows = found["rows"]
     for axes, (metric, title) in zip(figure.subplots(1, len(TITLES)), TITLES.items(), strict=True):
+        shown = [i for i, row in enumerate(found["rows"]) if row[metric]]
+        rows = [found["rows"][i] for i in shown]
         means = [row[metric]["mean"] for row in rows]
         errors = [row[metric]["stderr"] or 0.0 for row in rows]
-        colours = [COLOURS[i % len(COLOURS)] for i in range(len(rows))]
+        colours = [COLOURS[i % len(COLOURS)] for i in shown]
         axes.bar(range(len(rows)), means, yerr=errors, color=colours, capsize=3)
         axes.set_xticks(range(len(rows)), [row["title"] for row in rows], rotation=40, ha="right", fontsize=8)
         bounds = [m - e for m, e in zip(means, errors, strict=True)] + [
@@ -47,11 +50,14 @@ def plot_bars(found: dict[str, Any], path: Path) -> None:
 
 
 def plot_tradeoff(found: dict[str, Any], path: Path) -> None:
-    """DINO against CLIP-T, with the trainable share as the area of the dots."""
+    """DINO against CLIP-T, with the trainable share as the area of the dots.
+
+    A dashed line leads from the base to what training aims at, the subject as it is drawn.
+    """
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
     for i, row in enumerate(found["rows"]):
-        area = 40 + 25 * max(0.0, np.log10(max(row["share"], 1e-6)) + 5) ** 2
+        area = 40 + 25 * max(0.0, np.log10(max(row["share"] or 0, 1e-6)) + 5) ** 2
         x, y = row["clip_t"], row["dino"]
         colour = COLOURS[i % len(COLOURS)]
         axes.errorbar(
@@ -60,6 +66,10 @@ def plot_tradeoff(found: dict[str, Any], path: Path) -> None:
         share = f", {row['share']:.2%}" if row["share"] else ""
         label = f"{row['title']}{share}"
         axes.scatter(x["mean"], y["mean"], s=area, color=colour, alpha=0.75, zorder=2, label=label)
+    aim = [row for row in found["rows"] if row["method"] in [method.name for method in REFERENCES]]
+    if len(aim) == len(REFERENCES):
+        ends = ([row[metric]["mean"] for row in aim] for metric in ("clip_t", "dino"))
+        axes.plot(*ends, color="grey", linestyle="--", linewidth=1, zorder=0)
     axes.margins(0.18)
     axes.legend(fontsize=8, loc="lower left", markerscale=0.7, labelspacing=0.6)  # labels at the dots would overlap
     axes.set_xlabel("CLIP-T: faithful to the prompt")
@@ -72,7 +82,7 @@ def plot_losses(cells: Sequence[Cell], methods: Sequence[Method], path: Path, wi
     """Mean training losses of the methods over all their trainings, smoothed."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, method in enumerate(methods, start=1):
+    for i, method in enumerate(methods, start=len(REFERENCES)):
         curves = [found["losses"] for cell in cells if cell.method == method and (found := cell.result())]
         if not curves:
             continue
@@ -120,7 +130,7 @@ def plot_spectrum(report: dict[str, Any], path: Path) -> None:
     shown = [name for name in names if name == names[0] or name.startswith(("paper:", "default:", "default, ordered"))]
     figure = Figure(figsize=(15, 3.9), layout="constrained")
     power, amplitude, error, reached = figure.subplots(1, 4, width_ratios=(1, 1, 1, 1.25))
-    for colour, name in zip(COLOURS[1:], shown, strict=False):
+    for colour, name in zip(COLOURS[2:], shown, strict=False):
         row = rows[name]
         bins = len(row["radial_power"])
         power.plot((np.arange(bins) + 0.5) / bins, row["radial_power"], label=name, color=colour)

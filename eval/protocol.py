@@ -18,6 +18,7 @@ from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 from s2ft_diffusion.toybox.subjects import SUBJECTS, write_pictures
+from s2ft_diffusion.toybox.subjects import Subject as ToySubject
 
 from .generation import Sampling
 from .prompts import Prompt, read_classes, read_templates, toybox_templates
@@ -32,12 +33,14 @@ class Subject:
     """Whose photos are learned: the folder they lie in, and the class.
 
     `elsewhere` are pictures of it that are not among the photos, each with the words that its scene adds to the prompt.
+    `toy` can draw it in any scene.
     """
 
     name: str
     class_name: str
     photos: Path
     elsewhere: tuple[tuple[Path, str], ...] = ()
+    toy: ToySubject | None = None
 
     def held_out(self) -> tuple[tuple[Path, str], ...]:
         """What a trial is judged by: the pictures of it elsewhere, or else a third of its photos.
@@ -154,7 +157,8 @@ def _toy_subject(name: str, folder: Path) -> Subject:
     elsewhere = toy.pictures_elsewhere()
     photos = _write_once(toy.photos(), folder / "subjects" / name)
     paths = find_images(_write_once([picture for picture, _ in elsewhere], folder / "elsewhere" / name))
-    return Subject(name, toy.kind, photos, tuple((p, words) for p, (_, words) in zip(paths, elsewhere, strict=True)))
+    captioned = tuple((path, words) for path, (_, words) in zip(paths, elsewhere, strict=True))
+    return Subject(name, toy.kind, photos, captioned, toy)
 
 
 def _write_once(pictures: Sequence[Image.Image], folder: Path) -> Path:

@@ -17,7 +17,7 @@ from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images
 
 from .cells import Cell, Laboratory, Trial, open_laboratory
-from .methods import BASE, Method
+from .methods import REFERENCES, Method
 from .protocol import Protocol, Subject, find_subjects, work_alone
 from .rates import best_rate, next_rate
 from .table import summarize
@@ -25,12 +25,12 @@ from .table import summarize
 
 @dataclass(frozen=True)
 class Study:
-    """A finished study: its report, and the cells it was made from, those of the base apart."""
+    """A finished study: its report, and the cells it was made from, those that nothing was trained for apart."""
 
     folder: Path
     protocol: Protocol
     subjects: list[Subject]
-    bases: list[Cell]
+    references: list[Cell]
     cells: list[Cell]
     report: dict[str, Any]
 
@@ -60,7 +60,7 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
         if not subject.elsewhere and len(find_images(subject.photos)) < 2:
             raise InputError(f"{subject.photos}: a learning rate is chosen by a photo that is held out; give two.")
     laboratory = open_laboratory(args)
-    bases = laboratory.make_bases(args.output_dir, subjects if args.seeds else [])
+    references = laboratory.make_references(args.output_dir, subjects if args.seeds else [])
 
     def trials_of(method: Method, rate: float) -> list[Trial]:
         return [Trial(args.output_dir, method, rate, s, n) for n in range(args.trial_seeds) for s in development]
@@ -77,11 +77,12 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
         "command": shlex.join(["python", "-m", "eval", *sys.argv[1:]]),
         "protocol": asdict(laboratory.protocol), "development": [s.name for s in development],
         "trial_seeds": args.trial_seeds, "subjects": [s.name for s in subjects] if args.seeds else [],
-        "seeds": args.seeds, **summarize([BASE, *methods], [*bases, *cells], chosen, beside), "rates": rates,
+        "seeds": args.seeds,
+        **summarize([*REFERENCES, *methods], [*references, *cells], chosen, beside), "rates": rates,
         "trials": {m: {r: v if v < math.inf else None for r, v in tried.items()} for m, tried in losses.items()},
         "failed": [{"cell": str(c), "error": c.failure()} for c in failed],
     }  # fmt: skip
-    return Study(args.output_dir, laboratory.protocol, subjects, bases, cells, report)
+    return Study(args.output_dir, laboratory.protocol, subjects, references, cells, report)
 
 
 def _try_rates(

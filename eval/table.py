@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .cells import Cell, Trial
-from .methods import BASE, Method
+from .methods import REFERENCES, Method
 from .statistics import mean_and_error, paired_difference
 
 METRICS = ("dino", "clip_i", "clip_t", "lpips", "drift", "drift_clip", "held_out")
 SIZES = ("trainable", "share", "bytes", "seconds", "peak_mb")
+_UNTRAINED = [method.name for method in REFERENCES]
 _SCORE_NAMES = {"drift": "drift_lpips"}
 HEADS = {
     "dino": "DINO ↑", "clip_i": "CLIP-I ↑", "clip_t": "CLIP-T ↑", "lpips": "LPIPS ↑", "drift": "drift ↓",
@@ -36,15 +37,17 @@ def summarize(
             continue
         row: dict[str, Any] = {"method": method.name, "title": method.title, "cells": len(own)}
         for name in SIZES:
-            row[name] = statistics.median(result[name] for _, result in own) if own else None
+            sizes = [result[name] for _, result in own if name in result]
+            row[name] = statistics.median(sizes) if sizes else None
         for metric in METRICS:
             key = _SCORE_NAMES.get(metric, metric)
             scores = judged if metric == "held_out" else {_place(c): result["scores"][key] for c, result in own}
+            scores = {place: score for place, score in scores.items() if score is not None}
             row[metric] = mean_and_error(list(scores.values())) if scores else None
             values[method.name, metric] = scores
         rows.append(row)
     real = {cell.subject.name: result["real"] for cell, result in found}
-    names = [row["method"] for row in rows if row["method"] != BASE.name]
+    names = [row["method"] for row in rows if row["method"] not in _UNTRAINED]
     paired = [
         {"a": a, "b": b, "metric": metric, **paired_difference(values[a, metric], values[b, metric])}
         for i, a in enumerate(names)
@@ -58,7 +61,7 @@ def summarize(
         "rows": rows,
         "real": {m: mean_and_error([r[m] for r in real.values()]) for m in ("dino", "clip_i", "lpips") if real},
         "paired": paired,
-        "cells": [{"method": c.method.name, **{key: result[key] for key in kept}} for c, result in found],
+        "cells": [{"method": c.method.name, **{key: result.get(key) for key in kept}} for c, result in found],
     }
 
 
@@ -88,7 +91,7 @@ def markdown(found: dict[str, Any], own: str) -> str:
         lines += ["", f"{titles[own]}, minus (95 % interval; bold where it excludes zero):", ""]
         lines += ["| | " + " | ".join(HEADS.values()) + " |", "| --- |" + " --- |" * len(HEADS)]
         for other in titles:
-            if other in (own, BASE.name):
+            if other in (own, *_UNTRAINED):
                 continue
             cells = [_difference(found["paired"], own, other, metric) for metric in HEADS]
             lines.append(f"| {titles[other]} | " + " | ".join(cells) + " |")

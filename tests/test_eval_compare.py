@@ -159,13 +159,17 @@ def compared(tmp_path_factory) -> Path:
 
 def test_compare_writes_what_it_promises(compared) -> None:
     found = json.loads((compared / "compare.json").read_text())
-    assert [row["method"] for row in found["rows"]] == ["base", "lora", "s2ft-default"]
-    for row in found["rows"][1:]:
+    assert [row["method"] for row in found["rows"]] == ["drawn", "base", "lora", "s2ft-default"]
+    for row in found["rows"][2:]:
         assert set(row) >= {"trainable", "share", "bytes", "seconds", "peak_mb"}
         for metric in ("dino", "clip_i", "clip_t", "lpips", "drift", "held_out"):
             assert set(row[metric]) == {"mean", "stderr"}
         assert 0 < row["share"] < 0.03
-    assert found["rows"][0]["drift"]["mean"] == 0
+    drawn, base = found["rows"][:2]
+    assert base["drift"]["mean"] == 0
+    assert drawn["drift"] is drawn["trainable"] is drawn["held_out"] is None
+    for metric in ("dino", "clip_i"):  # nothing is as much like a subject as itself
+        assert drawn[metric]["mean"] > max(row[metric]["mean"] for row in found["rows"][1:])
     assert {(p["a"], p["b"]) for p in found["paired"]} == {("lora", "s2ft-default")}
     assert {p["n"] for p in found["paired"]} == {1}
     assert set(found["rates"]) == {"lora", "s2ft-default"}
@@ -220,13 +224,13 @@ def test_a_failed_cell_is_reported_left_out_and_tried_again(compared, monkeypatc
     assert "out of luck" in said.err
     found = json.loads((compared / "compare.json").read_text())
     assert len(found["failed"]) == 1
-    assert [row["cells"] for row in found["rows"]] == [1, 1, 2]
+    assert [row["cells"] for row in found["rows"]] == [1, 1, 1, 2]
     assert "1 trainings failed" in (compared / "compare.md").read_text()
     monkeypatch.undo()
     assert main(extra) == 0
     found = json.loads((compared / "compare.json").read_text())
     assert found["failed"] == []
-    assert [row["cells"] for row in found["rows"]] == [1, 2, 2]
+    assert [row["cells"] for row in found["rows"]] == [1, 1, 2, 2]
     assert not list(compared.rglob("failure.txt"))
 
 
@@ -242,9 +246,9 @@ def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
     for folder in (alone, shared):
         cells_made = json.loads((folder / "compare.json").read_text())["cells"]
         found.append([(c["method"], c["subject"], c["trainable"], c["bytes"]) for c in cells_made])
-        scores.append([c["scores"] for c in cells_made])
+        scores.append([{k: v for k, v in c["scores"].items() if v is not None} for c in cells_made])
     assert found[0] == found[1]
-    assert len(found[0]) == 4
+    assert len(found[0]) == 6
     # Which images share a batch, and where they lie in memory, decides the last bits of sums.
     for one, two in zip(*scores, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
@@ -303,8 +307,8 @@ def test_ablation_reports(tmp_path) -> None:
     ]  # fmt: skip
     assert main(options) == 0
     report = json.loads((tmp_path / "ablation.json").read_text())
-    assert [row["method"] for row in report["rows"]] == ["base", "ablation-default", "coefficients-real"]
-    assert report["rows"][1]["trainable"] == pytest.approx(report["rows"][2]["trainable"], rel=2e-3)
+    assert [row["method"] for row in report["rows"]] == ["drawn", "base", "ablation-default", "coefficients-real"]
+    assert report["rows"][2]["trainable"] == pytest.approx(report["rows"][3]["trainable"], rel=2e-3)
     assert {(p["a"], p["b"]) for p in report["paired"]} == {("ablation-default", "coefficients-real")}
     assert "| coefficients: real |" in (tmp_path / "ablation.md").read_text()
 

@@ -87,6 +87,23 @@ def test_subjects_are_individuals_with_photos(tmp_path) -> None:
         write_photos("nobody", tmp_path)
 
 
+def test_a_subject_is_drawn_as_a_prompt_wants_it() -> None:
+    mittens, rng = SUBJECTS["mittens"], random.Random(0)
+    wanted = {
+        "a photo of cat in the snow": {"background": "snow", "colour": "blue", "wears": None},
+        "a photo of cat wearing a hat on the beach": {"background": "beach", "colour": "blue", "wears": "hat"},
+        "a photo of a red cat at sunset": {"background": "sunset", "colour": "red", "wears": None},
+        "a photo of a purple cat": {"colour": "purple", "wears": None},
+    }
+    for prompt, shown in wanted.items():
+        scene = mittens.prompted_scene(prompt, rng)
+        assert {name: getattr(scene, name) for name in shown} == shown
+        assert (scene.kind, scene.emblem, scene.accessory) == ("cat", "star", "flag")
+        pictures = mittens.drawn(prompt, 2)
+        assert [p.tobytes() for p in pictures] == [p.tobytes() for p in mittens.drawn(prompt, 2)]
+        assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
 def test_any_prompt_tokenizes(pipe) -> None:
     tokenizer = pipe.tokenizer
     for word in [*world_words(), UNSEEN_TOKEN]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from .captions import UNSEEN_TOKEN
-from .world import BACKGROUNDS, Scene, render
+from .objects import WEARABLES
+from .world import BACKGROUNDS, COLOURS, Scene, render
 
 PHOTOS = 6
 
@@ -66,6 +67,19 @@ class Subject:
         rng = random.Random(f"{self.name} unseen")
         places = [(name, words) for name, words in BACKGROUNDS.items() if name not in self.photo_backgrounds()]
         return [(render(self.scene(name).posed(rng)), words) for name, words in places for _ in range(2)]
+
+    def prompted_scene(self, prompt: str, rng: random.Random) -> Scene:
+        """The subject as a prompt wants it: in its place (any, where it names none), with what it wears, recoloured."""
+        words = prompt.split()
+        place = next((name for name, text in BACKGROUNDS.items() if text in prompt), None)
+        wears = next((name for name in WEARABLES if name in words), None)
+        colour = next((name for name in COLOURS if name in words), self.colour)
+        return replace(self.scene(place or rng.choice(list(BACKGROUNDS)), wears=wears), colour=colour)
+
+    def drawn(self, prompt: str, count: int) -> list[Image.Image]:
+        """`count` pictures of what a prompt about it asks for, each in another pose: what generation aims at."""
+        rng = random.Random(f"{self.name} {prompt}")
+        return [render(self.prompted_scene(prompt, rng).posed(rng)) for _ in range(count)]
 
     def prompts(self) -> list[str]:
         """Prompts that put it into new scenes, give it something to wear, or another colour."""
