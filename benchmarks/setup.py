@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from peft import inject_adapter_in_model
 
 from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior
+from s2ft_diffusion.attention import TARGETS
 from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, parse_arguments
 from s2ft_diffusion.dreambooth.batches import estimate_draws
 from s2ft_diffusion.prior import place_from_prior
@@ -38,6 +39,7 @@ def main() -> None:
     arguments.add_argument("--n", type=int, default=8000)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--growth", action="store_true")
+    arguments.add_argument("--targets", nargs="+", choices=TARGETS, default=("qv", "attention"))
     args = arguments.parse_args()
     if args.growth:
         report("setup", args, growth(args.rounds))
@@ -49,7 +51,7 @@ def main() -> None:
     for preset in ("paper", "default"):
         defaults = parse_arguments(["--instance_dir", "photos", "--preset", preset])
         gradients = PHOTOS * estimate_draws(defaults, PHOTOS, Accelerator(cpu=True))
-        for targets in ("qv", "attention"):
+        for targets in args.targets:
             model = sharing_weights(base)
             config = S2FTConfig.from_preset(
                 preset, n_frequency=args.n, target_modules=attention_targets(model, targets)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from s2ft_diffusion.attention import TARGETS
 from s2ft_diffusion.config import S2FTConfig
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
@@ -101,7 +102,7 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, tri
         default=0.02,
         help="S²FT's numbers a layer, or a share; other sizes follow",
     )
-    add("--targets", choices=("qv", "attention"), default="qv")
+    add("--targets", choices=TARGETS, default="qv")
     add("--steps", type=int, default=300, help="training steps")
     add("--batch", type=int, default=4, help="images a training step")
     add("--resolution", type=int, help="by default the base's own")

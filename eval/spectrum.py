@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from s2ft_diffusion import read_adapter
+from s2ft_diffusion.attention import TARGETS
 from s2ft_diffusion.config import S2FTConfig
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.draws import DrawStream
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_subject_arguments(parser)
     add("--adapter", help="adapter file, folder or hub id: what its own positions reach of the first subject's change")
     add("--n_frequency", type=amount, default=0.02, help="real numbers a layer, or a share of d * k")
-    add("--targets", choices=("qv", "attention"), default="qv")
+    add("--targets", choices=TARGETS, default="qv")
     add("--token", default=UNSEEN_TOKEN, help="the unique token")
     add("--truth_steps", type=int, default=3000, help="most steps of full fine-tuning")
     add("--batch", type=int, default=4, help="images a step of full fine-tuning")

@@ -30,6 +30,21 @@ def test_the_papers_setting_on_stable_diffusion(sd15_unet) -> None:
     assert numbers == 512_000
 
 
+def test_blocks_are_attention_and_feed_forward(sd15_unet, pipe) -> None:
+    names = attention_targets(sd15_unet, "blocks")
+    assert len(names) == len(set(names)) == 128 + 16 * 2
+    assert set(names) > set(attention_targets(sd15_unet, "attention"))
+    feed_forward = [name for name in names if ".ff.net." in name]
+    assert len(feed_forward) == 32
+    text_encoder = pipe.text_encoder
+    layers = text_encoder.config.num_hidden_layers
+    assert len(attention_targets(text_encoder, "blocks")) == 6 * layers  # fc1 and fc2 as well
+    text_encoder.add_adapter(S2FTConfig(target_modules=attention_targets(text_encoder), n_frequency=20))
+    assert len(attention_targets(text_encoder, "blocks")) == 6 * layers  # the same layers beside an adapter
+    with pytest.raises(ValueError, match=r"'blocks'.*got 'block'"):
+        attention_targets(sd15_unet, "block")
+
+
 def test_transformers_of_diffusers() -> None:
     sd3 = SD3Transformer2DModel(
         sample_size=8, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
@@ -40,6 +55,9 @@ def test_transformers_of_diffusers() -> None:
         in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4),
     )  # fmt: skip
+    around = {name.rpartition("blocks.0.")[2] for name in attention_targets(flux, "blocks") if ".attn." not in name}
+    feed_forward = {f"{ff}.net.{place}" for ff in ("ff", "ff_context") for place in ("0.proj", "2")}
+    assert around == feed_forward | {"proj_mlp", "proj_out"}  # of the single block; nothing of the norms
     names = attention_targets(flux)
     assert len(names) == 4 + 2
     flux.add_adapter(S2FTConfig(target_modules=names, n_frequency=20))

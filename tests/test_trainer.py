@@ -209,6 +209,7 @@ def test_prior_preservation(photos, tmp_path) -> None:
         ("--preset", "paper"),
         ("--estimate", "full", "--estimate_draws", "2"),
         ("--mixed_precision", "bf16", "--gradient_checkpointing"),
+        ("--targets", "blocks", "--train_text_encoder", "--n_frequency", "0.01"),
         ("--snr_gamma", "5.0", "--lr_scheduler", "cosine", "--lr_warmup_steps", "1"),
         ("--targets", "attention", "--adapter_dtype", "float16", "--rearrange", "none", "--sampling", "low_frequency"),
         (
