@@ -6,6 +6,7 @@ import argparse
 import gc
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import gradio as gr
@@ -52,28 +53,29 @@ def launch(args: argparse.Namespace, *, block: bool = True) -> tuple[gr.Blocks, 
     """Serve; returns the page, the app and the local address (at once if not `block`)."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     blocks, app = build(args)
-    _, address, _ = blocks.launch(
-        server_name=args.host,
-        server_port=args.port or None,
-        root_path=args.root_path,
-        share=args.share,
-        auth=args.auth,
-        max_file_size=f"{args.max_upload_mb}mb",
-        theme=theme(),
-        css=CSS,
-        show_error=False,
-        prevent_thread_lock=True,
-        quiet=True,
-    )
-    gc.collect()
-    gc.freeze()  # what is there now stays: looking through it again and again would slow down every generation
-    usable = len(app.library.choices())
-    logger.info("%s with %d adapters, at %s", args.base, usable, address)
-    if block:
-        try:
+    with ExitStack() as stack:
+        stack.callback(close, blocks, app)  # whenever it is told to stop, while starting too
+        _, address, _ = blocks.launch(
+            server_name=args.host,
+            server_port=args.port or None,
+            root_path=args.root_path,
+            share=args.share,
+            auth=args.auth,
+            max_file_size=f"{args.max_upload_mb}mb",
+            theme=theme(),
+            css=CSS,
+            show_error=False,
+            prevent_thread_lock=True,
+            quiet=True,
+        )
+        gc.collect()
+        gc.freeze()  # what is there now stays: looking through it again and again would slow down every generation
+        usable = len(app.library.choices())
+        logger.info("%s with %d adapters, at %s", args.base, usable, address)
+        if block:
             blocks.block_thread()
-        finally:
-            close(blocks, app)
+        else:
+            stack.pop_all()
     return blocks, app, address
 
 
