@@ -69,7 +69,7 @@ def plot_tradeoff(found: dict[str, Any], path: Path) -> None:
     aim = [row for row in found["rows"] if row["method"] in [method.name for method in REFERENCES]]
     if len(aim) == len(REFERENCES):
         ends = ([row[metric]["mean"] for row in aim] for metric in ("clip_t", "dino"))
-        axes.plot(*ends, color="grey", linestyle="--", linewidth=1, zorder=0)
+        axes.plot(*ends, color="grey", linestyle="--", linewidth=1, zorder=0, label="from one to the other")
     axes.margins(0.18)
     axes.legend(fontsize=8, loc="lower left", markerscale=0.7, labelspacing=0.6)  # labels at the dots would overlap
     axes.set_xlabel("CLIP-T: faithful to the prompt")
