@@ -14,6 +14,7 @@ from torch import nn
 
 from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS, parse_arguments, s2ft_config
 from s2ft_diffusion.dreambooth.batches import ESTIMATE_SHARE, FULL_DRAWS
+from s2ft_diffusion.layer import delta_shape
 
 FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
 LORA_NUMBERS = 12.0
@@ -71,17 +72,17 @@ METHODS = (
 )
 
 
-def numbers(n_frequency: int | float, layer: nn.Linear, factor: float = 1.0) -> int:
+def numbers(n_frequency: int | float, layer: nn.Module, factor: float = 1.0) -> int:
     """Real trainable numbers of a layer: `n_frequency` as the trainer reads it, times a factor."""
     each = n_frequency * layer.weight.numel() if isinstance(n_frequency, float) else n_frequency
     return min(round(factor * each), layer.weight.numel())
 
 
 def lora_rank(unet: UNet2DConditionModel, targets: Sequence[str], n_frequency: int | float) -> int:
-    """The least rank at which LoRA has at least `LORA_NUMBERS` times the numbers of S²FT."""
+    """The least rank at which LoRA has at least `LORA_NUMBERS` times the numbers of S²FT, on the same layers."""
     layers = [unet.get_submodule(name) for name in targets]
     wanted = LORA_NUMBERS * sum(numbers(n_frequency, layer) for layer in layers)
-    return math.ceil(wanted / sum(layer.in_features + layer.out_features for layer in layers))
+    return math.ceil(wanted / sum(sum(delta_shape(layer)) for layer in layers))
 
 
 def peft_config(
@@ -89,13 +90,17 @@ def peft_config(
 ) -> PeftConfig:
     """PEFT's configuration of a method that it has: its own defaults but for the size, LoRA as diffusers' script.
 
-    FourierFT starts at zero, as all others do: its default start, random coefficients, spoils a diffusion model.
+    FourierFT starts at zero, as all others do: its default start, random coefficients, spoils a diffusion model. It and
+    WaveFT adapt no convolutions: where there are some among the targets, the linear layers have their numbers too.
     """
-    common: dict[str, Any] = {"target_modules": list(targets)}
     if kind == "lora":
         rank = lora_rank(unet, targets, n_frequency)
-        return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", **common)
-    pattern = {name: numbers(n_frequency, unet.get_submodule(name), FOURIER_NUMBERS) for name in targets}
+        return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
+    layers = {name: unet.get_submodule(name) for name in targets}
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    spread = sum(numbers(n_frequency, layer) for layer in layers.values())
+    spread /= sum(numbers(n_frequency, layer) for layer in linear.values())
+    pattern = {name: numbers(n_frequency, layer, FOURIER_NUMBERS * spread) for name, layer in linear.items()}
     config = {"fourierft": FourierFTConfig, "waveft": WaveFTConfig}[kind]
     sizes = {"n_frequency": max(pattern.values()), "n_frequency_pattern": pattern}
-    return config(init_weights=True, random_loc_seed=seed, **sizes, **common)
+    return config(init_weights=True, random_loc_seed=seed, target_modules=list(linear), **sizes)

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_subject_arguments(parser)
     add("--adapter", help="adapter file, folder or hub id: what its own positions reach of the first subject's change")
     add("--n_frequency", type=amount, default=0.02, help="real numbers a layer, or a share of d * k")
-    add("--targets", choices=TARGETS, default="qv")
+    add("--targets", choices=[name for name in TARGETS if name != "all"], default="qv")
     add("--token", default=UNSEEN_TOKEN, help="the unique token")
     add("--truth_steps", type=int, default=3000, help="most steps of full fine-tuning")
     add("--batch", type=int, default=4, help="images a step of full fine-tuning")

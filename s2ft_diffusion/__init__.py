@@ -4,7 +4,8 @@ from . import pipeline, toybox
 from .adapter_file import AdapterFileError, AdapterHeader, AdapterInfo, read_adapter, read_header, write_adapter
 from .attention import attention_targets
 from .config import S2FTConfig
-from .layer import S2FTLayer, S2FTLinear, SpectralDelta
+from .delta import SpectralDelta
+from .layer import S2FTConv, S2FTLayer, S2FTLinear
 from .model import S2FTModel
 from .prior import estimate_prior, initialize_s2ft_weights, place_from_prior
 from .rearrange import Rearrangement
@@ -17,6 +18,7 @@ __all__ = [
     "AdapterInfo",
     "Rearrangement",
     "S2FTConfig",
+    "S2FTConv",
     "S2FTLayer",
     "S2FTLinear",
     "S2FTModel",

@@ -118,13 +118,18 @@ def make_thumbnail(image: Image.Image) -> bytes:
 def collect_adapter(components: Mapping[str, nn.Module], adapter_name: str, info: AdapterInfo | None = None) -> Adapter:
     """Read an adapter out of the models of a pipeline, by component name.
 
-    Raises ValueError if no component has it.
+    Raises ValueError if no component has it, and for one with `modules_to_save`, which the file has no place for.
     """
     configs, layers = {}, {}
     for component, model in components.items():
         found = s2ft_layers(model, adapter_name)
         if found:
             configs[component] = next(iter(found.values())).s2ft_config[adapter_name]
+            if whole := configs[component].modules_to_save:
+                raise ValueError(
+                    f"{adapter_name!r} trains {sorted(whole)} whole (modules_to_save), which an S2FT file cannot hold; "
+                    "use PEFT's save_pretrained, or get_peft_model_state_dict."
+                )
             layers[component] = {
                 module_name(name): _collect_layer(layer, adapter_name) for name, layer in found.items()
             }
@@ -213,6 +218,8 @@ def read_header(path: str | os.PathLike) -> AdapterHeader:
         header = _header(path, file.metadata())
         sizes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".coefficients")]  # noqa: SIM118
         shapes = {c: {name: tuple(shape) for name, shape in layers.items()} for c, layers in header["shapes"].items()}
+        if len(sizes) != (count := sum(map(len, shapes.values()))):
+            raise AdapterFileError(f"{path}: it has coefficients of {len(sizes)} layers, its header speaks of {count}.")
         return AdapterHeader(_info(path, header), header["config"], shapes, sum(map(math.prod, sizes)))
 
 
@@ -280,6 +287,8 @@ def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict
         for component, shapes in header["shapes"].items():
             if component not in COMPONENTS:
                 raise ValueError(f"unknown component {component!r}")
+            if not isinstance(header["config"][component], dict):
+                raise ValueError(f"the config of {component} is no object")
             if not shapes:
                 raise ValueError(f"{component} has no layers")
             for name, shape in shapes.items():
@@ -325,13 +334,15 @@ def adapter_from_peft(
             raise AdapterFileError(f"{source}: {key!r} is no key of an S2FT adapter.")
         first, _, rest = path.partition(".")
         place = (first, rest) if first in COMPONENTS else (component, path)
-        parts.setdefault(place, {})[tensor_name] = tensor.detach().cpu()
+        parts.setdefault(place, {})[tensor_name] = tensor.detach().cpu().clone()  # the adapter's own
     if not parts:
         raise AdapterFileError(f"{source}: there are no S2FT weights in it.")
     layers: dict[str, dict[str, LayerWeights]] = {}
     for (owner, name), tensors in parts.items():
         if missing := set(TENSOR_NAMES) - set(tensors):
             raise AdapterFileError(f"{source}: {owner}.{name} lacks {sorted(missing)}.")
+        if scalars := sorted(key for key, tensor in tensors.items() if tensor.ndim == 0):
+            raise AdapterFileError(f"{source}: {owner}.{name}.{scalars[0]} is a single number.")
         shape = (len(tensors["row_order"]), len(tensors["column_order"]))
         layer = LayerWeights(shape, **tensors)
         try:

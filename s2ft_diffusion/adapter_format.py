@@ -1,6 +1,6 @@
 """One layer of an adapter as tensors in a file, and back: the layout that `adapter_file` reads and writes.
 
-For a (d, k) layer with m positions, format version 2 has
+For a (d, k) layer with m positions, format version 3 has
 
     coefficients      (m, 2) complex or (m,) real; float32, float16, bfloat16, or int8 to be multiplied by ...
     coefficient_scale (1,) float32, beside int8 alone
@@ -12,8 +12,10 @@ For a (d, k) layer with m positions, format version 2 has
     row_sign          d bits, 1 for -1
     column_sign       k bits
 
-All but the coefficients are bytes (uint8). Version 1 had the positions u * k + v as differences, the first from 0, and
-orders, both as unsigned integers of the narrowest of 8, 16 and 32 bits; it is still read.
+All but the coefficients are bytes (uint8). An order that changes nothing takes none, nor do signs without a -1.
+
+Version 2, still read, had these in full. Version 1, still read, had the positions u * k + v as differences, the first
+from 0, and orders, both as unsigned integers of the narrowest of 8, 16 and 32 bits.
 
 Decoding is array operations alone, and checks whatever the tensors hold.
 """
@@ -30,7 +32,7 @@ from . import packing
 from .rearrange import Rearrangement
 from .spectrum import CoefficientKind, half_plane, index_dtype
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 PACKED_NAMES = ("positions_low", "positions_high", "row_order", "column_order", "row_sign", "column_sign")
 VERSION_1_NAMES = ("coefficients", "positions", "row_order", "column_order", "row_sign", "column_sign")
@@ -64,7 +66,7 @@ TENSOR_NAMES = tuple(f.name for f in fields(LayerWeights) if f.name != "shape")
 
 
 def tensor_names(version: int, dtype: str | None = None) -> tuple[str, ...]:
-    """A layer's tensors in a format version; in version 2 they depend on the coefficients' type."""
+    """A layer's tensors in a format version; from version 2 on they depend on the coefficients' type."""
     if version == 1:
         return VERSION_1_NAMES
     return ("coefficients", *(["coefficient_scale"] if dtype == "int8" else []), *PACKED_NAMES)
@@ -93,10 +95,10 @@ def encode_layer(layer: LayerWeights, dtype: str) -> dict[str, torch.Tensor]:
     packed = {
         "positions_low": low,
         "positions_high": high,
-        "row_order": packing.pack(layer.row_order.numpy(), packing.bit_width(d)),
-        "column_order": packing.pack(layer.column_order.numpy(), packing.bit_width(k)),
-        "row_sign": packing.pack(layer.row_sign.numpy() < 0, 1),
-        "column_sign": packing.pack(layer.column_sign.numpy() < 0, 1),
+        "row_order": _pack_unless(layer.row_order.numpy(), np.arange(d), packing.bit_width(d)),
+        "column_order": _pack_unless(layer.column_order.numpy(), np.arange(k), packing.bit_width(k)),
+        "row_sign": _pack_unless(layer.row_sign.numpy() < 0, np.zeros(d), 1),
+        "column_sign": _pack_unless(layer.column_sign.numpy() < 0, np.zeros(k), 1),
     }
     scaled = {"coefficient_scale": torch.tensor([scale])} if dtype == "int8" else {}
     return {"coefficients": stored, **scaled, **{key: torch.from_numpy(array) for key, array in packed.items()}}
@@ -115,7 +117,7 @@ def decode_layer(
 
     Raises AdapterFileError or ValueError for tensors that make no valid layer.
     """
-    layer = _decode_1(tensors, shape) if version == 1 else _decode_2(tensors, shape, kind)
+    layer = _decode_1(tensors, shape) if version == 1 else _decode_packed(tensors, shape, kind)
     check_layer(layer, kind)
     return layer
 
@@ -132,7 +134,12 @@ def _columns(shape: tuple[int, int], kind: CoefficientKind) -> int:
     return shape[1] // 2 + 1 if kind == "complex" else shape[1]
 
 
-def _decode_2(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], kind: CoefficientKind) -> LayerWeights:
+def _pack_unless(values: np.ndarray, default: np.ndarray, width: int) -> np.ndarray:
+    """Packed integers; no bytes where they are the default."""
+    return np.empty(0, dtype=np.uint8) if np.array_equal(values, default) else packing.pack(values, width)
+
+
+def _decode_packed(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], kind: CoefficientKind) -> LayerWeights:
     d, k = shape
     coefficients = tensors["coefficients"]
     stored_types = [torch.float32, torch.float16, torch.bfloat16]
@@ -150,9 +157,11 @@ def _decode_2(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], kind:
         arrays[key] = tensors[key].numpy()
     count, columns = coefficients.shape[0] if coefficients.ndim else 0, _columns(shape, kind)
 
-    def unpacked(key: str, width: int, length: int) -> torch.Tensor:
+    def unpacked(key: str, default: np.ndarray, width: int) -> torch.Tensor:
+        if arrays[key].shape == (0,):
+            return torch.from_numpy(default)
         try:
-            return torch.from_numpy(packing.unpack(arrays[key], width, length))
+            return torch.from_numpy(packing.unpack(arrays[key], width, len(default)))
         except ValueError as error:
             raise AdapterFileError(f"{key}: {error}.") from None
 
@@ -164,10 +173,10 @@ def _decode_2(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], kind:
         shape,
         coefficients=coefficients,
         positions=torch.from_numpy(np.stack([flat // columns, flat % columns], axis=1)),
-        row_order=unpacked("row_order", packing.bit_width(d), d),
-        column_order=unpacked("column_order", packing.bit_width(k), k),
-        row_sign=1 - 2 * unpacked("row_sign", 1, d),
-        column_sign=1 - 2 * unpacked("column_sign", 1, k),
+        row_order=unpacked("row_order", np.arange(d), packing.bit_width(d)),
+        column_order=unpacked("column_order", np.arange(k), packing.bit_width(k)),
+        row_sign=1 - 2 * unpacked("row_sign", np.zeros(d, dtype=np.int64), 1),
+        column_sign=1 - 2 * unpacked("column_sign", np.zeros(k, dtype=np.int64), 1),
     )
 
 

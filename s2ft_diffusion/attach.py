@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -9,11 +10,14 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .adapter_file import COMPONENTS, Adapter, AdapterFileError, module_name
+from .adapter_file import COMPONENTS, Adapter, AdapterFileError, AdapterInfo, module_name
+from .attention import has_fused_projections
 from .config import S2FTConfig, S2FTType
-from .layer import S2FTLayer, SpectralDelta
+from .delta import SpectralDelta
+from .layer import S2FTLayer, delta_shape, layer_type
 
 
 def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -28,7 +32,7 @@ def denoiser_name(components: Mapping[str, nn.Module]) -> str:
 
 
 def check_fits(adapter: Adapter, components: Mapping[str, nn.Module], label: str) -> None:
-    """Raise AdapterFileError unless every layer of the adapter has its linear layer of equal shape in the models."""
+    """Raise AdapterFileError unless every layer of the adapter has its layer of equal shape in the models."""
     shapes = {c: {name: layer.shape for name, layer in layers.items()} for c, layers in adapter.layers.items()}
     check_shapes(shapes, components, label, adapter.info.base_model)
 
@@ -46,36 +50,37 @@ def check_shapes(
             raise AdapterFileError(f"{label}: the adapter is for a {component!r}, which this pipeline does not have.")
         model = components[component]
         for name, (d, k) in layers.items():
-            linear = _linear(model, name)
+            found = _adaptable_shape(model, name)
             where = f"{component}.{name}"
-            if linear is not None and _in_fused_attention(model, name):
+            if found is not None and in_fused_attention(model, name):
                 raise AdapterFileError(f"{label}: {where} has fused projections; call unfuse_qkv_projections() first.")
-            if linear is None:
+            if found is None:
                 raise AdapterFileError(
                     f"{label}: the adapter was trained on {trained_on} with a {d}x{k} layer at {where}, "
-                    "this model has no linear layer there."
+                    "this model has no linear layer or convolution there."
                 )
-            if (linear.out_features, linear.in_features) != (d, k):
+            if found != (d, k):
                 raise AdapterFileError(
                     f"{label}: the adapter was trained on {trained_on} with {d}x{k} at {where}, "
-                    f"this model has {linear.out_features}x{linear.in_features}."
+                    f"this model has {found[0]}x{found[1]}."
                 )
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear | None:
+def _adaptable_shape(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """The (d, k) of the weight change that a layer can have; None where there is no such layer."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
         return None
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return module if isinstance(module, nn.Linear) else None
+    if layer_type(module) is None:
+        return None
+    return delta_shape(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
 
 
-def _in_fused_attention(model: nn.Module, name: str) -> bool:
+def in_fused_attention(model: nn.Module, name: str) -> bool:
     """Whether a projection has been copied into a fused one, so that adapting it would do nothing."""
     parts = name.split(".")
-    ancestors = (model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts)))
-    return any(getattr(ancestor, "fused_projections", False) for ancestor in ancestors)
+    return any(has_fused_projections(model.get_submodule(".".join(parts[:end]))) for end in range(1, len(parts)))
 
 
 def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_name: str) -> None:
@@ -83,17 +88,22 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
     attached = []
     present = [m for c in adapter.layers for m in components[c].modules() if isinstance(m, S2FTLayer)]
     active = [(layer, list(layer.active_adapters)) for layer in present]
+    trainable = [(parameter, parameter.requires_grad) for layer in present for parameter in layer.parameters()]
     try:
         for component, layers in adapter.layers.items():
             model = components[component]
             attached.append(model)
-            config = replace(adapter.configs[component], target_modules=list(layers), inference_mode=True)
-            config.n_frequency_pattern = {
-                name.replace(".", r"\."): layer.coefficients.numel() for name, layer in layers.items()
-            }
+            # An expression, which PEFT matches whole: of a name it takes every layer that ends like it.
+            config = replace(
+                adapter.configs[component], target_modules="|".join(map(re.escape, layers)), inference_mode=True
+            )
+            config.n_frequency_pattern = {name: layer.coefficients.numel() for name, layer in layers.items()}
             inject_adapter_in_model(config, model, adapter_name)
-            model.peft_config[adapter_name].n_frequency_pattern = adapter.configs[component].n_frequency_pattern
+            placed = model.peft_config[adapter_name]
+            placed.target_modules = set(layers)
+            placed.n_frequency_pattern = adapter.configs[component].n_frequency_pattern
             model._hf_peft_config_loaded = True
+            placed.adapter_info = adapter.info
             for name, delta in _named_deltas(model, adapter_name).items():
                 state = {key: tensor.to(delta.positions.device) for key, tensor in layers[name].tensors().items()}
                 delta.load_state_dict(state, assign=True)  # in the file's type
@@ -102,6 +112,8 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
             detach_adapters(model, adapter_name)
         for layer, names in active:
             layer.set_adapter(names, inference_mode=True)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
         raise
 
 
@@ -124,6 +136,12 @@ def check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_na
                     f"{label}: cannot be swapped in: {component}.{name} has coefficients {found} with norm "
                     f"{adapter.configs[component].norm!r}, the place {wanted} with {place.norm!r}."
                 )
+            factor = adapter.configs[component].scaling / components[component].peft_config[adapter_name].scaling
+            if not torch.isfinite((layer.coefficients.float() * factor).to(place.coefficients.dtype)).all():
+                raise ValueError(
+                    f"{label}: cannot be swapped in: the coefficients of {component}.{name}, times {factor:g} because "
+                    f"of the place's scaling, are not finite in {place.coefficients.dtype}."
+                )
 
 
 @torch.no_grad()
@@ -137,6 +155,7 @@ def swap_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_
             adapter.configs[component],
             scaling=place.scaling, target_modules=place.target_modules, inference_mode=place.inference_mode,
         )  # fmt: skip
+        config.adapter_info = adapter.info
         model.peft_config[adapter_name] = config
         for module in model.modules():
             if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
@@ -156,23 +175,36 @@ def _named_deltas(model: nn.Module, adapter_name: str | None) -> dict[str, Spect
 
 
 def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Remove one S2FT adapter, or all, from a model; layers that are left without one make way for what they wrap."""
+    """Remove one S2FT adapter, or all, from a model; layers that are left without one make way for what they wrap.
+
+    With all of them, what is fused stays in the weights.
+    """
     configs = getattr(model, "peft_config", {})
+    gone = [name for name in s2ft_configs(model) if adapter_name in (None, name)]
     for name, module in reversed(list(model.named_modules())):  # inside first: names outside stay true
-        if not isinstance(module, S2FTLayer):
-            continue
-        for adapter in list(module.s2ft_delta):
-            if adapter_name in (None, adapter):
-                module.delete_adapter(adapter)
-        if not module.s2ft_delta:
+        inside = None
+        if isinstance(module, S2FTLayer):
+            if adapter_name in module.s2ft_delta:
+                module.delete_adapter(adapter_name)
+            if adapter_name is None or not module.s2ft_delta:
+                inside = module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper) and not set(gone).isdisjoint(module.modules_to_save):
+            for adapter in set(gone) & set(module.modules_to_save):
+                module.modules_to_save.pop(adapter)
+            inside = None if module.modules_to_save else module.original_module
+        if inside is not None:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.base_layer)
-    for name in s2ft_configs(model):
-        if adapter_name in (None, name):
-            del configs[name]
+            setattr(model.get_submodule(parent), child, inside)
+    for name in gone:
+        del configs[name]
     if not configs and hasattr(model, "peft_config"):
         del model.peft_config
         model._hf_peft_config_loaded = False
+
+
+def adapter_info(model: nn.Module, adapter_name: str) -> AdapterInfo | None:
+    """What is known of a loaded adapter beside its numbers; it goes when the adapter's config goes."""
+    return getattr(s2ft_configs(model).get(adapter_name), "adapter_info", None)
 
 
 def s2ft_configs(model: nn.Module) -> dict[str, S2FTConfig]:

@@ -1,15 +1,17 @@
-"""Which layers to adapt: a model's attention projections and what stands in a block with them, found through its
-attention modules."""
+"""Which layers to adapt: attention projections and what surrounds them, found through a model's attention modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
+from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-Targets = Literal["qv", "attention", "blocks"]
+from .layer import layer_type
+
+Targets = Literal["qv", "attention", "blocks", "all"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 
 # Projection names of diffusers' and transformers' attention modules, by what they make.
@@ -18,12 +20,13 @@ _KEY_AND_OUTPUT = ("to_k", "to_out.0", "to_out", "k_proj", "out_proj", "key", "a
 
 
 def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
-    """Full names of a model's attention projections, for `S2FTConfig(target_modules=...)`.
+    """Full names of a model's attention projections and of layers around them, for `S2FTConfig(target_modules=...)`.
 
-    "qv" takes query and value (the paper's setting), "attention" key and output as well, "blocks" also all other linear
-    layers of the blocks that attention stands in (the feed-forward part), but for those of adaptive norms. A diffusion
-    model's attention modules are those with an attention processor, whatever they are called; in other models every
-    module with a query and a value projection counts.
+    "qv" takes query and value (the paper's setting), "attention" key and output as well. "blocks" takes also all other
+    layers of the blocks that attention stands in (the feed-forward part), "all" every linear layer and convolution of
+    the stacks of blocks (residual blocks, resampling, input and output projections), both but for those of norms and
+    time embeddings. A diffusion model's attention modules are those with an attention processor, whatever
+    they are called; in other models every module with a query and a value projection counts.
 
     Raises ValueError for another word, and when the model has none or has them fused into one layer.
     """
@@ -38,24 +41,34 @@ def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
     found = []
     for attention_name in attention_names:
         attention = model.get_submodule(attention_name)
-        if getattr(attention, "fused_projections", False):
+        if has_fused_projections(attention):
             raise ValueError(f"{attention_name} has fused projections; call unfuse_qkv_projections() first.")
         found += [f"{attention_name}.{name}" for name in wanted if _is_linear(_submodule(attention, name))]
-    if targets == "blocks" and found:
-        blocks = dict.fromkeys(name.rpartition(".")[0] for name in attention_names)
-        found += [name for block in blocks for name in _around_attention(model, block, attention_names)]
+    if targets in ("blocks", "all") and found:
+        split = str.rpartition if targets == "blocks" else str.partition
+        parents = dict.fromkeys(split(name, ".")[0] for name in attention_names)
+        found += [name for parent in parents for name in _around(model, parent, attention_names)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention projections that S2FT could adapt.")
     return found
 
 
-def _around_attention(model: nn.Module, block: str, attention_names: list[str]) -> Iterator[str]:
-    """The linear layers of a block that belong neither to an attention module nor to a norm."""
+def _around(model: nn.Module, parent: str, attention_names: Sequence[str]) -> Iterator[str]:
+    """The layers within a module that S2FT can adapt, but for those of attention modules, norms and time embeddings."""
     inside = tuple(f"{name}." for name in attention_names)
-    for path, module in model.get_submodule(block).named_modules(prefix=block):
+    for path, module in model.get_submodule(parent).named_modules(prefix=parent):
         is_inner = "base_layer" in path or path.startswith(inside)
-        if not is_inner and "norm" not in path.removeprefix(block) and _is_linear(module):
+        conditions = any(word in path.removeprefix(parent) for word in ("norm", "time_emb"))
+        if not is_inner and not conditions and layer_type(module) is not None:
             yield path
+
+
+def has_fused_projections(module: nn.Module) -> bool:
+    """Whether an attention module uses a copy of its projections, fused into one, instead of them."""
+    if not getattr(module, "fused_projections", False):
+        return False
+    # diffusers' older attention class is never told that they are used no more: its processor is another one then.
+    return not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused")
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:

@@ -1,10 +1,12 @@
-"""The adapted projection: `S2FTLinear` around an `nn.Linear`, and the delta weight it adds."""
+"""The adapted layers, `S2FTLinear` and `S2FTConv`: a base layer, its adapters' delta weights, and their scales."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,127 +14,44 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .config import S2FTConfig
+from .delta import SpectralDelta
 from .delta_cache import delta_cache
-from .product import ProductIndex, index_product, prefers_spectrum, spectral_product
-from .rearrange import Rearrangement
 from .seeding import seeded
-from .spectrum import (
-    SpectrumIndex,
-    count_positions,
-    delta_weight,
-    index_dtype,
-    index_spectrum,
-    sample_positions,
-)
+from .spectrum import count_positions, sample_positions
 
+CONVOLUTION = (
+    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+)  # fmt: skip
 # A fused change that its own rounding alters by more than this share is worth a warning.
 FUSE_ROUNDING_LIMIT = 0.05
 
 
-class SpectralDelta(nn.Module):
-    """One adapter's weight change of one layer: trainable coefficients, their positions and the rearrangement.
+@dataclass(frozen=True)
+class Fused:
+    """What a layer remembers of fusing: the original weight, on the CPU, and how to know the fused one again."""
 
-    State, for a (d, k) layer with m positions: `coefficients` (m, 2) or (m,) float; `positions` (m, 2), `row_order`
-    (d,) and `column_order` (k,) int16, or int32 where a side is longer than 32,767; `row_sign` (d,) and `column_sign`
-    (k,) int8.
-
-    Calling it gives the unscaled (d, k) weight change in float32 (float64 for float64 coefficients), or, with inputs
-    (..., k), their product (..., d) with it. A module, so that whatever moves a module's weights around its call
-    (offloading, sharding) finds it.
-    """
-
-    def __init__(self, shape: tuple[int, int], config: S2FTConfig, positions: torch.Tensor) -> None:
-        super().__init__()
-        self.shape = shape
-        self.norm = config.norm
-        count = len(positions)
-        size = (count, 2) if config.coefficients == "complex" else (count,)
-        start = torch.zeros(size) if config.init_weights else torch.randn(size)
-        self.coefficients = nn.Parameter(start)
-        identity, dtype = Rearrangement.identity(*shape), index_dtype(shape)
-        self.register_buffer("positions", positions.to(dtype))
-        self.register_buffer("row_order", identity.row_order.to(dtype))
-        self.register_buffer("column_order", identity.column_order.to(dtype))
-        self.register_buffer("row_sign", identity.row_sign)
-        self.register_buffer("column_sign", identity.column_sign)
-        self._indexes: dict[type, tuple[list[tuple[torch.Tensor, int, torch.device]], Any]] | None = None
-
-    @property
-    def rearrangement(self) -> Rearrangement:
-        return Rearrangement(self.row_order.int(), self.column_order.int(), self.row_sign, self.column_sign)
-
-    @torch.no_grad()
-    def place(self, positions: torch.Tensor, rearrangement: Rearrangement) -> None:
-        """Set positions (m, 2) and rearrangement in place, and the coefficients to zero."""
-        self.positions.copy_(positions)
-        for name in ("row_order", "column_order", "row_sign", "column_sign"):
-            getattr(self, name).copy_(getattr(rearrangement, name))
-        self.coefficients.zero_()
-        self._indexes = None
-
-    def _indexed(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
-        """The index made of the buffers, kept in training until a buffer has changed or moved.
-
-        Not in sampling: a pipeline may hold many adapters, and an index takes more room than what it is made from.
-        """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.positions.is_inference():
-            self._indexes = None
-            return self._index(kind)
-        state = [(buffer, buffer._version, buffer.device) for buffer in self._buffers.values()]
-        if self._indexes is None:
-            self._indexes = {}
-        if kind in self._indexes:
-            seen, index = self._indexes[kind]
-            if all(a is b and v == w and x == y for (a, v, x), (b, w, y) in zip(seen, state, strict=True)):
-                return index
-        index = self._index(kind)
-        self._indexes[kind] = (state, index)
-        return index
-
-    def _index(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
-        if kind is SpectrumIndex:
-            return index_spectrum(self.positions, self.shape), self.rearrangement
-        return index_product(self.positions, self.rearrangement, self.norm, real=self.coefficients.ndim == 1)
-
-    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
-        coefficients = self.coefficients
-        if coefficients.dtype != torch.float64:
-            coefficients = coefficients.float()  # no transform exists in half precision
-        if x is not None:
-            return spectral_product(x, coefficients, self._indexed(ProductIndex))
-        index, rearrangement = self._indexed(SpectrumIndex)
-        return delta_weight(coefficients, index, rearrangement, self.norm)
-
-    def prefers_product(self, x: torch.Tensor) -> bool:
-        """Whether to multiply inputs x (..., in_features) in the spectrum, where the dense change is for them alone."""
-        if torch.compiler.is_compiling():
-            return False
-        return prefers_spectrum(x.numel() // x.shape[-1], len(self.positions), self.shape)
-
-    def kept(self) -> torch.Tensor:
-        """The same weight change, made once and kept until something it depends on has changed."""
-        sources = self.sources()
-        return self() if sources is None else delta_cache.get(self, None, sources, self)
-
-    def sources(self) -> list[torch.Tensor] | None:
-        """What the weight change depends on; None where something made from it could not be kept right.
-
-        That is while gradients are on (the coefficients are about to change), while tracing, and where hooks bring
-        weights in for the call alone.
-        """
-        if torch.compiler.is_compiling():
-            return None
-        if torch.is_grad_enabled() or self._forward_pre_hooks or "forward" in self.__dict__:
-            delta_cache.drop(self)
-            return None
-        return [*self._parameters.values(), *self._buffers.values()]
-
-    def extra_repr(self) -> str:
-        return f"shape={self.shape}, positions={len(self.positions)}, numbers={self.coefficients.numel()}"
+    original: torch.Tensor
+    scales: dict[str, float]
+    dtype: torch.dtype
+    fingerprint: int
 
 
-class S2FTLayer(BaseTunerLayer):
-    """What any S2FT layer has: one `SpectralDelta` per adapter, and the scales.
+def fingerprint(weight: torch.Tensor) -> int:
+    """The sum of a weight's bits, read as integers: the same on every device, and another one after any change."""
+    wide = weight.numel() * weight.element_size() % 8 == 0
+    flat = weight.contiguous().flatten()
+    return int(flat.view(torch.int64 if wide else torch.uint8).sum())
+
+
+class S2FTLayer(nn.Module, BaseTunerLayer):
+    """A layer with S2FT adapters: what a linear layer and a convolution have in common.
+
+    A weight change is a matrix (d, k) whose row makes one output: a convolution's has all of its kernel's entries for
+    all inputs in a row. There is one `SpectralDelta` per adapter.
+
+    On a plain float32 layer the input is multiplied once, by W + delta. In every other case - low precision, autocast,
+    quantised weights, other adapters or hooks on the base layer - the base layer is called as it is and the delta's
+    product added in the compute dtype: W + delta in bfloat16 would round a small delta away.
 
     A delta weight is used times `scaling` (the config's alpha), times the weight `set_scale` gave the adapter, times
     whatever `scale_layer` has put on and `unscale_layer` not yet taken off. All three are stored as they came, so that
@@ -142,13 +61,25 @@ class S2FTLayer(BaseTunerLayer):
     adapter_layer_names = ("s2ft_delta",)
     other_param_names = ("s2ft_config", "s2ft_scaling", "s2ft_weight", "s2ft_passing_scales")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    base_layer_types: ClassVar[tuple[type[nn.Module], ...]]
+    rearranges_columns: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        n_frequency: int | float,
+        config: S2FTConfig,
+        name: str,
+    ) -> None:
+        super().__init__()
         self.base_layer = base_layer
-        linear = self.get_base_layer()
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"S2FT adapts torch.nn.Linear, not {type(linear).__name__}.")
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._shape = (linear.out_features, linear.in_features)  # one object for all adapters: there may be a hundred
+        layer = self.get_base_layer()
+        if not isinstance(layer, self.base_layer_types):
+            raise TypeError(f"{type(self).__name__} does not adapt a {type(layer).__name__}.")
+        self._shape = delta_shape(layer)  # one object for all adapters: there may be a hundred
+        self.out_features, self.in_features = self._shape
+        self._weight_shape = weight_shape(layer)
         self.s2ft_delta = nn.ModuleDict()
         self.s2ft_config: dict[str, S2FTConfig] = {}
         self.s2ft_scaling: dict[str, float] = {}
@@ -156,8 +87,17 @@ class S2FTLayer(BaseTunerLayer):
         self.s2ft_passing_scales: dict[str, list[float]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unfused_weight: torch.Tensor | None = None
-        self._fused_scales: dict[str, float] = {}
+        self._fused: Fused | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, n_frequency, config, name)
+
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the base layer does to x, with a weight (d, k) or of the base layer's shape."""
+        raise NotImplementedError
+
+    def _prefers_spectrum(self, x: torch.Tensor, scales: dict[str, float]) -> bool:
+        """Whether to multiply x in the spectrum, adapter by adapter, instead of making a dense delta."""
+        return False
 
     @property
     def r(self) -> dict[str, int]:
@@ -235,32 +175,10 @@ class S2FTLayer(BaseTunerLayer):
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.s2ft_delta]
 
-
-class S2FTLinear(nn.Module, S2FTLayer):
-    """A linear layer with S2FT adapters.
-
-    On a plain float32 `nn.Linear` the input is multiplied once, by W + delta. In every other case - low precision,
-    autocast, quantised weights, other adapters or hooks on the base layer - the base layer is called as it is and the
-    delta's product added in the compute dtype: W + delta in bfloat16 would round a small delta away. In training, a
-    layer that sees few tokens multiplies them in the spectrum, and no dense delta is made at all (`product.py`).
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        n_frequency: int | float,
-        config: S2FTConfig,
-        name: str,
-    ) -> None:
-        super().__init__()
-        S2FTLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, n_frequency, config, name)
-
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The scaled delta weight (out_features, in_features) of an adapter, in float32."""
-        return self.s2ft_delta[adapter].kept() * self.effective_scale(adapter)
+        """The scaled delta weight of an adapter, of the base weight's shape, in float32."""
+        delta = self.s2ft_delta[adapter].kept() * self.effective_scale(adapter)
+        return delta.view(self._weight_shape)
 
     def _scales(self) -> dict[str, float]:
         """The adapters that count at this moment, with their scales."""
@@ -288,14 +206,14 @@ class S2FTLinear(nn.Module, S2FTLayer):
 
     def _fused_weight(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
         for name, scale in scales.items():
-            delta = self.s2ft_delta[name].kept()
+            delta = self.s2ft_delta[name].kept().view(self._weight_shape)
             # Adding in one pass where no graph needs the product.
             weight = weight + delta * scale if torch.is_grad_enabled() else torch.add(weight, delta, alpha=scale)
         return weight
 
     def _active_delta(self, scales: dict[str, float], dtype: torch.dtype) -> torch.Tensor:
         deltas = [self.s2ft_delta[name].kept() * scale for name, scale in scales.items()]
-        return sum(deltas[1:], start=deltas[0]).to(dtype)
+        return sum(deltas[1:], start=deltas[0]).to(dtype).view(self._weight_shape)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Called some thousand times an image: attributes of modules are looked up no more often than needed.
@@ -307,19 +225,20 @@ class S2FTLinear(nn.Module, S2FTLayer):
         scales = {} if self.merged_adapters else self._scales()
         if not scales:
             return base(x, *args, **kwargs)
-        if torch.is_grad_enabled() and all(self.s2ft_delta[name].prefers_product(x) for name in scales):
+        if torch.is_grad_enabled() and self._prefers_spectrum(x, scales):
+            delta_cache.drop(self)
             result = base(x, *args, **kwargs)
             for name, scale in scales.items():
                 result = result + (self.s2ft_delta[name](x) * scale).to(result.dtype)
             return result
-        if _is_plain(base, x):
+        if self._is_plain(base, x):
             weight = base._parameters["weight"]
             fused = self._kept(scales, weight, None, lambda: self._fused_weight(weight, scales))
-            return F.linear(x, fused, base._parameters["bias"])
+            return self._multiply(x, fused, base._parameters["bias"])
         result = base(x, *args, **kwargs)
         dtype = result.dtype
         delta = self._kept(scales, None, dtype, lambda: self._active_delta(scales, dtype))
-        return result + F.linear(x.to(dtype), delta)
+        return result + self._multiply(x.to(dtype), delta, None)
 
     # Merging: PEFT's word for fusing
 
@@ -332,26 +251,27 @@ class S2FTLinear(nn.Module, S2FTLayer):
         adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.s2ft_delta]
         scales = {name: self.effective_scale(name) * scale for name in adapter_names}
         self._drop_passing_scales()
-        if not adapter_names:
-            return
+        if scales:
+            self._fuse(scales, safe_merge)
+
+    def _fuse(self, scales: dict[str, float], safe: bool = False) -> None:
         weight = self.get_base_layer().weight
-        full = weight.dtype.is_floating_point and weight.shape == self._shape
+        full = weight.dtype.is_floating_point and weight.shape == self._weight_shape
         if not full or type(weight.data) is not torch.Tensor:
             kind = weight.dtype if type(weight.data) is torch.Tensor else type(weight.data).__name__
             raise TypeError(f"An S2FT adapter cannot be fused into a {kind} weight; use it unfused.")
-        unfused = self._unfused_weight
-        if unfused is None:
-            unfused = weight.data.detach().to("cpu")  # there, the very same memory: the sum gets memory of its own
         with torch.no_grad():
             fused = self._add_deltas(weight.data, scales)
-        if safe_merge and not torch.isfinite(fused).all():
-            raise ValueError(f"The weights fused with {adapter_names} are not finite; nothing was changed.")
+        if safe and not torch.isfinite(fused).all():
+            raise ValueError(f"The weights fused with {list(scales)} are not finite; nothing was changed.")
         self._warn_of_rounding(weight.data, fused, scales)
-        self._unfused_weight = unfused
+        # On a CPU, the very same memory: the sum has memory of its own.
+        original = self._fused.original if self._fused else weight.data.detach().to("cpu")
+        before = self._fused.scales if self._fused else {}
+        self._fused = Fused(original, {**before, **scales}, fused.dtype, fingerprint(fused))
         weight.data = fused
         delta_cache.drop(self)  # it holds on to the weight as it was
-        self._fused_scales.update(scales)
-        self.merged_adapters.extend(adapter_names)
+        self.merged_adapters.extend(scales)
 
     def unmerge(self) -> None:
         """Restore the base weight to what it was before merging, bit for bit (in the type it has by now).
@@ -360,29 +280,47 @@ class S2FTLinear(nn.Module, S2FTLayer):
         leaves a rounding error.
         """
         self._drop_passing_scales()
-        if not self.merged:
+        if self._fused is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        unfused = self._unfused_weight.to(weight.device)
+        weight, fused = self.get_base_layer().weight, self._fused
         with torch.no_grad():
-            fused = self._add_deltas(unfused, self._fused_scales)
-            # Rounding apart: the pipeline may have moved to another device or type since.
-            epsilon = 4 * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
-            slack = epsilon * float((fused.float() - unfused.float()).abs().max())
-            if torch.allclose(weight.float(), fused.float(), rtol=epsilon, atol=slack):
-                weight.data = unfused.to(weight.dtype)
+            if self._is_as_fused(weight.data):
+                weight.data = fused.original.to(weight.device, weight.dtype)
             else:
-                weight.data = self._add_deltas(weight.data, {n: -s for n, s in self._fused_scales.items()})
-        self._unfused_weight = None
-        self._fused_scales.clear()
+                weight.data = self._add_deltas(weight.data, {n: -s for n, s in fused.scales.items()})
+        self._fused = None
         self.merged_adapters.clear()
 
+    def _is_as_fused(self, weight: torch.Tensor) -> bool:
+        """Whether the weight is still what fusing made it, in the type it has by now."""
+        fused = self._fused
+        if weight.dtype == fused.dtype:
+            return fingerprint(weight) == fused.fingerprint
+        # Rounded since, and so may be the coefficients.
+        original = fused.original.to(weight.device)
+        expected = self._add_deltas(original, fused.scales).float()
+        epsilon = 4 * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
+        slack = epsilon * float((expected - original.float()).abs().max())
+        return torch.allclose(weight.float(), expected, rtol=epsilon, atol=slack)
+
+    def fused_state(self) -> tuple[torch.Tensor, Fused | None, list[str]]:
+        """What `restore_fused_state` needs to undo a later merge; no copies."""
+        return self.get_base_layer().weight.data, self._fused, list(self.merged_adapters)
+
+    def restore_fused_state(self, state: tuple[torch.Tensor, Fused | None, list[str]]) -> None:
+        """Undo every merge since `fused_state`."""
+        self.get_base_layer().weight.data, self._fused, self.merged_adapters[:] = state
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; fused adapters are unfused first."""
+        """Remove an adapter; if it is fused, it is taken out of the weight, and others that are fused stay."""
+        others = None
         if adapter_name in self.merged_adapters:
+            others = {name: scale for name, scale in self._fused.scales.items() if name != adapter_name}
             self.unmerge()
         super().delete_adapter(adapter_name)
+        if others:
+            self._fuse(others)
 
     def _drop_passing_scales(self) -> None:
         """diffusers' fuse_lora(scale) puts a scale on every PEFT layer and never takes it off."""
@@ -392,15 +330,18 @@ class S2FTLinear(nn.Module, S2FTLayer):
     def _add_deltas(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
         result = weight
         for name, scale in scales.items():
-            delta = self.s2ft_delta[name]().to(weight.device)
+            delta = self.s2ft_delta[name]().view(self._weight_shape).to(weight.device)
             result = torch.add(result.to(delta.dtype), delta, alpha=scale, out=delta).to(weight.dtype)
+        if result.stride() != weight.stride():  # a convolution's weight may lie channels last
+            result = torch.empty_like(weight).copy_(result)
         return result
 
     def _warn_of_rounding(self, before: torch.Tensor, after: torch.Tensor, scales: dict[str, float]) -> None:
         if before.dtype in (torch.float32, torch.float64):
             return
         with torch.no_grad():
-            wanted = sum(self.s2ft_delta[name]() * scale for name, scale in scales.items()).to(before.device)
+            wanted = sum(self.s2ft_delta[name]() * scale for name, scale in scales.items())
+            wanted = wanted.view(self._weight_shape).to(before.device)
         if (lost := ((after.float() - before.float()) - wanted).norm()) > FUSE_ROUNDING_LIMIT * wanted.norm():
             warnings.warn(
                 f"Fusing into {before.dtype} rounds an adapter's change by {float(lost / wanted.norm()):.0%} in some "
@@ -408,22 +349,88 @@ class S2FTLinear(nn.Module, S2FTLayer):
                 stacklevel=4,
             )
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+    def _is_plain(self, base: nn.Module, x: torch.Tensor) -> bool:
+        """Whether calling `base` is nothing but a product in float32: no other adapter, no hook, no cast in between."""
+        if type(base) not in self.base_layer_types or "forward" in base.__dict__:
+            return False
+        if base._forward_hooks or base._forward_pre_hooks:
+            return False
+        weight, dtype = base._parameters["weight"], x.dtype
+        return (
+            type(weight) in (nn.Parameter, torch.Tensor)
+            and weight.dtype == dtype
+            and (dtype == torch.float32 or dtype == torch.float64)
+            and weight.device == x.device
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> S2FTLayer:
+        """What moves a module: what was kept of it lies where it was, in the type that it was."""
+        delta_cache.drop(self)
+        for delta in self.s2ft_delta.values():
+            delta_cache.drop(delta)
+        return super()._apply(*args, **kwargs)
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()
 
 
-def _is_plain(base: nn.Module, x: torch.Tensor) -> bool:
-    """Whether calling `base` is nothing but `F.linear` in float32: no other adapter, no hook, no cast in between."""
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
-        return False
-    weight, dtype = base._parameters["weight"], x.dtype
-    return (
-        type(weight) in (nn.Parameter, torch.Tensor)
-        and weight.dtype == dtype
-        and (dtype == torch.float32 or dtype == torch.float64)
-        and weight.device == x.device
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+class S2FTLinear(S2FTLayer):
+    """A linear layer with S2FT adapters.
+
+    In training, one that sees few tokens multiplies them in the spectrum, and no dense delta is made at all
+    (`product.py`).
+    """
+
+    base_layer_types = (nn.Linear,)
+
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def _prefers_spectrum(self, x: torch.Tensor, scales: dict[str, float]) -> bool:
+        return all(self.s2ft_delta[name].prefers_product(x) for name in scales)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class S2FTConv(S2FTLayer):
+    """A convolution of one, two or three dimensions with S2FT adapters, with its stride, padding, dilation and groups.
+
+    Its weight change is a matrix of one row for each output channel: (out, in / groups * kernel). Rows alone are
+    rearranged: there are up to thousands of columns, whose order would take more of the file than the coefficients, and
+    positions reach more of the change with neighbours in the kernel left together.
+    """
+
+    base_layer_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    rearranges_columns = False
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        for name in CONVOLUTION:  # a LoRA around this one asks it for them
+            setattr(self, name, getattr(self.get_base_layer(), name))
+
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.get_base_layer()._conv_forward(x, weight, bias)  # which knows how the layer pads
+
+
+LAYER_TYPES: tuple[type[S2FTLayer], ...] = (S2FTLinear, S2FTConv)
+
+
+def layer_type(module: nn.Module | None) -> type[S2FTLayer] | None:
+    """The kind of S2FT layer that adapts a module (or what other adapters on it wrap); None if there is none."""
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return next((kind for kind in LAYER_TYPES if isinstance(module, kind.base_layer_types)), None)
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a linear layer's or convolution's weight, also where the weight itself is packed by quantisation."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+
+
+def delta_shape(layer: nn.Module) -> tuple[int, int]:
+    """The shape (d, k) of the weight change of a linear layer or a convolution, as a matrix."""
+    d, *rest = weight_shape(layer)
+    return d, math.prod(rest)

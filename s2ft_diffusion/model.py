@@ -13,16 +13,16 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import S2FTConfig, S2FTType
-from .layer import S2FTLayer, S2FTLinear
+from .layer import S2FTLayer, layer_type
 
 logger = logging.getLogger(__name__)
 
 
 class S2FTModel(BaseTuner):
-    """Puts S2FT layers in place of a model's linear layers; made by `get_peft_model` or a model's `add_adapter`.
+    """Puts S2FT layers in place of a model's linear layers and convolutions.
 
-    Raises TypeError, naming the module, for a target that is no `nn.Linear`, and ValueError for an `n_frequency` that
-    a layer has no room for.
+    Made by `get_peft_model` or a model's `add_adapter`. Raises TypeError, naming the module, for a target that is
+    neither, and ValueError for an `n_frequency` that a layer has no room for.
     """
 
     prefix: str = "s2ft_"
@@ -40,17 +40,20 @@ class S2FTModel(BaseTuner):
         **optional_kwargs: Any,
     ) -> None:
         pattern = s2ft_config.n_frequency_pattern
-        n_frequency = pattern.get(get_pattern_key(pattern.keys(), current_key), s2ft_config.n_frequency)
-        if isinstance(target, S2FTLayer):
-            target.update_layer(adapter_name, n_frequency, s2ft_config, current_key)
+        # A name as it is comes first: another layer's may end like it.
+        key = current_key if current_key in pattern else get_pattern_key(pattern.keys(), current_key)
+        n_frequency = pattern.get(key, s2ft_config.n_frequency)
+        if (layer := _s2ft_layer_in(target)) is not None:
+            layer.update_layer(adapter_name, n_frequency, s2ft_config, current_key)
             return
-        linear = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(linear, nn.Linear):
+        kind = layer_type(target)
+        if kind is None:
+            found = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             raise TypeError(
-                f"S2FT cannot adapt {current_key!r}, a {type(linear).__name__}: it adapts torch.nn.Linear alone. "
-                "Choose other target_modules, or name this one in exclude_modules."
+                f"S2FT cannot adapt {current_key!r}, a {type(found).__name__}: it adapts linear layers and "
+                "convolutions. Choose other target_modules, or name this one in exclude_modules."
             )
-        module = S2FTLinear(target, adapter_name, n_frequency, s2ft_config, current_key)
+        module = kind(target, adapter_name, n_frequency, s2ft_config, current_key)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
@@ -63,6 +66,15 @@ class S2FTModel(BaseTuner):
                 "initialize_s2ft_weights estimates one.",
                 adapter_name,
             )
+
+
+def _s2ft_layer_in(module: nn.Module) -> S2FTLayer | None:
+    """The S2FT layer that a module is, or that adapters of other kinds have been put around."""
+    while isinstance(module, BaseTunerLayer):
+        if isinstance(module, S2FTLayer):
+            return module
+        module = module.base_layer
+    return None
 
 
 def _guard_fuse_qkv_projections(kind: type[nn.Module]) -> None:

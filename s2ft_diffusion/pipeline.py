@@ -23,11 +23,13 @@ from torch import nn
 from .adapter_file import WEIGHTS_NAME, AdapterInfo, adapter_from_peft, collect_adapter, module_name, write_adapter
 from .attach import (
     adaptable_components,
+    adapter_info,
     attach_adapter,
     check_fits,
     check_swap,
     denoiser_name,
     detach_adapters,
+    in_fused_attention,
     s2ft_configs,
     swap_adapter,
 )
@@ -68,6 +70,8 @@ def load_s2ft_weights(
     Everything is checked before anything changes. Raises AdapterFileError (a ValueError) for a file that is damaged,
     or made for another base model; ValueError for a name in use; OSError for a repository that cannot be reached.
     """
+    if adapter_name is not None and (not adapter_name or "." in adapter_name):
+        raise ValueError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
     components = adaptable_components(self)
     source = pretrained_model_name_or_path_or_dict
     if isinstance(source, Mapping):
@@ -91,7 +95,6 @@ def load_s2ft_weights(
         raise ValueError("An S2FT adapter is fused; call unfuse_s2ft() before loading another.")
     with _offloading_paused(self):
         (swap_adapter if hotswap else attach_adapter)(components, adapter, adapter_name)
-    _adapter_infos(self)[adapter_name] = adapter.info
     return adapter_name
 
 
@@ -116,7 +119,8 @@ def save_s2ft_weights(
         if len(names) != 1:
             raise ValueError(f"Say which adapter to save with adapter_name: the pipeline has {names}.")
         adapter_name = names[0]
-    info = info or _adapter_infos(self).get(adapter_name)
+    for model in components.values():
+        info = info or adapter_info(model, adapter_name)
     with _offloading_paused(self):
         adapter = collect_adapter(components, adapter_name, info)
     Path(save_directory).mkdir(parents=True, exist_ok=True)
@@ -131,19 +135,18 @@ def save_s2ft_weights(
 def unload_s2ft_weights(self: DiffusionPipeline) -> None:
     """Remove all S2FT layers from the pipeline; LoRAs stay.
 
-    Unfused adapters leave no trace. What has been fused stays in the weights, as after `unload_lora_weights`; call
-    `unfuse_s2ft` first for the base as it was.
+    Unfused adapters leave no trace. What has been fused stays in the weights, as after `unload_lora_weights`, and the
+    originals are forgotten; call `unfuse_s2ft` first for the base as it was.
     """
     with _offloading_paused(self):
         for model in adaptable_components(self).values():
             detach_adapters(model)
-    _adapter_infos(self).clear()
 
 
 def fuse_s2ft(
     self: DiffusionPipeline,
     scale: float = 1.0,
-    adapter_names: list[str] | None = None,
+    adapter_names: str | list[str] | None = None,
     *,
     safe_fusing: bool = False,
 ) -> None:
@@ -155,25 +158,30 @@ def fuse_s2ft(
     """
     layers = _layers(self)
     known = s2ft_adapters(self)
+    if isinstance(adapter_names, str):
+        adapter_names = [adapter_names]
     if unknown := sorted(set(adapter_names or []) - set(known)):
         raise ValueError(f"There is no S2FT adapter named {unknown[0]!r}; the pipeline has {known}.")
     wanted = {name for layer in layers for name in (adapter_names or layer.active_adapters) if name in layer.s2ft_delta}
     if not wanted:
         raise ValueError("There is no active S2FT adapter to fuse; load one with load_s2ft_weights.")
     with _offloading_paused(self):
-        merged_before = [layer for layer in layers if layer.merged]
+        before = [layer.fused_state() for layer in layers]
         try:
             for layer in layers:
                 layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names, scale=scale)
         except BaseException:
-            for layer in layers:
-                if layer.merged and layer not in merged_before:
-                    layer.unmerge()
+            for layer, state in zip(layers, before, strict=True):
+                layer.restore_fused_state(state)
             raise
 
 
 def unfuse_s2ft(self: DiffusionPipeline) -> None:
-    """Undo `fuse_s2ft`: the base weights are what they were, bit for bit."""
+    """Undo `fuse_s2ft`: the base weights are what they were, bit for bit.
+
+    Raises ValueError, and changes nothing, while attention projections are fused into one: that is a copy of them.
+    """
+    _check_no_fused_projections(self, "unfuse_s2ft")
     with _offloading_paused(self):
         for layer in _layers(self):
             if layer.merged:
@@ -186,13 +194,16 @@ def s2ft_adapters(self: DiffusionPipeline) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _check_no_fused_projections(pipeline: DiffusionPipeline, verb: str) -> None:
+    for model in adaptable_components(pipeline).values():
+        for name, layer in model.named_modules():
+            if isinstance(layer, S2FTLayer) and layer.merged and in_fused_attention(model, name):
+                raise ValueError(f"{name} has fused projections; call unfuse_qkv_projections() before {verb}().")
+
+
 def _layers(pipeline: DiffusionPipeline) -> list[S2FTLayer]:
     models = adaptable_components(pipeline).values()
     return [module for model in models for module in model.modules() if isinstance(module, S2FTLayer)]
-
-
-def _adapter_infos(pipeline: DiffusionPipeline) -> dict[str, AdapterInfo]:
-    return pipeline.__dict__.setdefault("_s2ft_infos", {})
 
 
 @contextmanager

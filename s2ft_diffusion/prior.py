@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -75,7 +75,7 @@ def estimate_prior(
     "full" is the change that one AdamW step a batch makes, of the adapted weights alone (after the paper's Table 6),
     with the gradients of all processes added. Every step's gradients are scaled to one norm over all layers, so that
     no timestep drowns the others; the rate grows from step to step, since Adam's first ones follow noise. A layer's
-    mean rate is `step_size` times its weight's root mean square over sqrt(in_features): then a step changes what a
+    mean rate is `step_size` times its weight's root mean square over sqrt(k): then a step changes what a
     layer does by about the same share whatever its width (after Yang et al. 2023, "A Spectral Condition for Feature
     Learning").
 
@@ -116,7 +116,7 @@ def place_from_prior(
     for name, layer in tqdm(layers.items(), desc="rearrange", disable=not progress or not _is_main_process()):
         delta = layer.s2ft_delta[adapter_name]
         if _is_main_process():
-            delta.place(*_derive(name, prior[name], layer.s2ft_config[adapter_name], len(delta.positions)))
+            delta.place(*_derive(name, prior[name], layer, adapter_name))
         if _distributed():
             state = {name: buffer.int() for name, buffer in delta.named_buffers()}  # NCCL knows no int16
             for name in sorted(state):
@@ -125,20 +125,28 @@ def place_from_prior(
             delta.place(positions, Rearrangement(**state))
 
 
-def rearrangement_for(prior: torch.Tensor, config: S2FTConfig, generator: torch.Generator) -> Rearrangement:
+def rearrangement_for(
+    prior: torch.Tensor, config: S2FTConfig, generator: torch.Generator, *, columns: bool = True
+) -> Rearrangement:
     """The rearrangement of a prior (d, k) by a config's `rearrange`, `distance`, `signs` and `refine` (Alg. 1)."""
     if config.rearrange == "none":
         return Rearrangement.identity(*prior.shape)
     return find_rearrangement(
-        prior, distance=config.distance, signs=config.signs, refine=config.refine, generator=generator
+        prior,
+        distance=config.distance,
+        signs=config.signs,
+        refine=config.refine,
+        columns=columns,
+        generator=generator,
     )
 
 
-def _derive(name: str, prior: torch.Tensor, config: S2FTConfig, count: int) -> tuple[torch.Tensor, Rearrangement]:
+def _derive(name: str, prior: torch.Tensor, layer: S2FTLayer, adapter_name: str) -> tuple[torch.Tensor, Rearrangement]:
+    config = layer.s2ft_config[adapter_name]
     generator = seeded(config.seed, name)  # a layer's draws do not depend on which others are adapted
-    rearrangement = rearrangement_for(prior, config, generator)
+    rearrangement = rearrangement_for(prior, config, generator, columns=layer.rearranges_columns)
     positions = sample_positions(
-        count,
+        len(layer.s2ft_delta[adapter_name].positions),
         tuple(prior.shape),
         kind=config.coefficients,
         sampling=config.sampling,
@@ -212,22 +220,24 @@ def _estimate_by_gradient(
         _sum_over_processes(matrix)
     for name, square in squares.items():
         total[name] = torch.where(square > 0, total[name] / square.sqrt(), 0.0)
-    return total
+    return {name: matrix.flatten(1) for name, matrix in total.items()}
 
 
 def _estimate_by_training(
     layers: dict[str, S2FTLayer], loss: Callable[[Any], torch.Tensor], batches: Iterable[Any], step_size: float
 ) -> dict[str, torch.Tensor]:
-    if not isinstance(batches, Sized):
+    try:
+        steps = len(batches)
+    except TypeError:  # an iterator, or a DataLoader over one
         batches = list(batches)
+        steps = len(batches)
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     change = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     fused = all(matrix.device.type in ("cpu", "cuda") for matrix in change.values())
-    rates = {name: step_size * _typical_size(weight) / weight.shape[1] ** 0.5 for name, weight in weights.items()}
+    rates = {name: step_size * _typical_size(weight) / weight[0].numel() ** 0.5 for name, weight in weights.items()}
     groups = [{"params": [matrix], "lr": rates[name]} for name, matrix in change.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=fused)
-    steps = len(batches)
     growing = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2 * (step + 1) / (steps + 1))
     try:
         for batch in batches:
@@ -249,12 +259,12 @@ def _estimate_by_training(
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(start[name])
-    return change
+    return {name: matrix.flatten(1) for name, matrix in change.items()}
 
 
 def _typical_size(weight: torch.Tensor) -> float:
     """The root mean square; of a weight of zeros, what one that keeps its inputs' size would have."""
-    return float(weight.detach().float().square().mean().sqrt()) or weight.shape[1] ** -0.5
+    return float(weight.detach().float().square().mean().sqrt()) or weight[0].numel() ** -0.5
 
 
 def _distributed() -> bool:

@@ -114,11 +114,13 @@ def find_rearrangement(
     distance: Distance = "euclidean",
     signs: bool = False,
     refine: Literal["2opt"] | None = None,
+    columns: bool = True,
     generator: torch.Generator | None = None,
 ) -> Rearrangement:
     """Search the row and the column order of a prior (d, k), each by itself (Alg. 1).
 
-    A column distance does not change when rows are permuted or negated, so the two searches are independent.
+    Without `columns`, columns stay as they are. A column distance does not change when rows are permuted or negated, so
+    the two searches are independent.
     `generator` (a CPU generator) draws the two starting points. Raises ValueError for a prior that is not finite.
     """
     if prior.ndim != 2:
@@ -127,7 +129,7 @@ def find_rearrangement(
         raise ValueError("The prior has NaN or infinite entries.")
     prior = prior.detach().to("cpu", torch.float32)
     found = []
-    for matrix in (prior, prior.T):
+    for matrix in (prior, prior.T) if columns else (prior,):
         start = int(torch.randint(len(matrix), (), generator=generator))
         similarity = pairwise_inner_products(matrix, distance)
         table = distance_table(similarity, distance, signs)
@@ -136,6 +138,9 @@ def find_rearrangement(
             order = two_opt(table, order)
         sign = chain_signs(similarity, order) if signs else np.ones(len(order), dtype=np.int8)
         found.append((torch.from_numpy(order.astype(np.int32)), torch.from_numpy(sign)))
+    if not columns:
+        identity = Rearrangement.identity(*prior.shape)
+        found.append((identity.column_order, identity.column_sign))
     (row_order, row_sign), (column_order, column_sign) = found
     return Rearrangement(row_order, column_order, row_sign, column_sign)
 

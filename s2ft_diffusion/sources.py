@@ -76,7 +76,7 @@ def _read_peft(path: Path, component: str) -> Adapter:
     try:
         config = PeftConfig.from_pretrained(path.parent)
         state_dict = load_file(path)
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise AdapterFileError(f"{path}: cannot be read as a PEFT adapter ({error}).") from None
     if not isinstance(config, S2FTConfig):
         raise AdapterFileError(f"{path}: a {config.peft_type} adapter, not S2FT.")

@@ -154,11 +154,32 @@ def test_version_1_is_still_read(tmp_path, kind) -> None:
             bits = np.unpackbits(stored[f"{side}_sign"])[:length]
             assert np.array_equal(getattr(layer, f"{side}_sign").numpy() < 0, bits == 1)
     assert read_header(path).trainable == adapter.trainable == 120
-    write_adapter(tmp_path / "a", adapter, "float32")  # and written again as version 2
+    write_adapter(tmp_path / "a", adapter, "float32")  # and written again in today's
     again = read_adapter(tmp_path / "a")
     for name, layer in adapter.layers["unet"].items():
         for key, tensor in layer.tensors().items():
             assert torch.equal(again.layers["unet"][name].tensors()[key].float(), tensor.float())
+
+
+@pytest.mark.parametrize("kind", ["complex", "real"])
+def test_version_2_is_still_read(kind) -> None:
+    path = Path(__file__).parent / "data" / f"version-2-{kind}.safetensors"
+    assert json.loads(contents(path)[1]["s2ft"])["format_version"] == 2
+    old, new = read_adapter(path), make_adapter(kind)
+    for name, layer in new.layers["unet"].items():
+        torch.testing.assert_close(dense(old.layers["unet"][name], "ortho"), dense(layer, "ortho"))
+
+
+def test_what_is_not_rearranged_takes_no_bytes(tmp_path) -> None:
+    layer = make_layer()
+    layer.column_order = torch.arange(17, dtype=torch.int32)
+    layer.row_sign = torch.ones(24, dtype=torch.int8)
+    write_adapter(tmp_path / "a", Adapter({"unet": S2FTConfig()}, {"unet": {"to_q": layer}}), "float32")
+    tensors, _ = contents(tmp_path / "a")
+    sizes = {name.rpartition(".")[2]: tensor.size for name, tensor in tensors.items()}
+    assert {name for name, size in sizes.items() if not size} == {"column_order", "row_sign"}
+    again = read_adapter(tmp_path / "a").layers["unet"]["to_q"]
+    torch.testing.assert_close(dense(again, "ortho"), dense(layer, "ortho"), rtol=0, atol=0)
 
 
 def test_header_alone_tells_a_gallery_everything(tmp_path) -> None:

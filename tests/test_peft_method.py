@@ -157,8 +157,8 @@ def test_beside_lora_in_either_order(two_layers, first) -> None:
 
 
 def test_names_what_it_cannot_adapt(two_layers) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Linear(4, 4))
-    with pytest.raises(TypeError, match=r"'0', a Conv2d"):
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    with pytest.raises(TypeError, match=r"'0', a LayerNorm"):
         get_peft_model(model, S2FTConfig(target_modules=["0"], n_frequency=4))
     with pytest.raises(ValueError, match="second: n_frequency=400"):
         get_peft_model(two_layers, config(n_frequency_pattern={"second": 400}))

@@ -9,6 +9,8 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     DDPMPipeline,
+    DiffusionPipeline,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -16,7 +18,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import get_peft_model_state_dict
 from PIL import Image
 
-from s2ft_diffusion import AdapterFileError, S2FTLinear
+from s2ft_diffusion import AdapterFileError, S2FTConfig, S2FTLinear, SpectralDelta, attention_targets
+from s2ft_diffusion.adapter_file import read_adapter, read_header
 from tests.conftest import add, copy_of, generate, same_state, second_folder, state
 
 
@@ -186,8 +189,11 @@ def test_fuse_qkv_projections(pipe, folder) -> None:
     pipe.fuse_s2ft()
     pipe.fuse_qkv_projections()
     torch.testing.assert_close(generate(pipe), expected, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"unfuse_qkv_projections\(\) before unfuse_s2ft"):
+        pipe.unfuse_s2ft()
     pipe.unfuse_qkv_projections()
     pipe.unfuse_s2ft()
+    assert len(attention_targets(pipe.unet)) == 28
     after = state(pipe)  # diffusers leaves its fused copies behind
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
@@ -214,6 +220,69 @@ def test_other_pipelines_share_the_models(pipe, tmp_path, kind) -> None:
     assert torch.equal(generate(other, **options), base)
 
 
+class OneModel(DiffusionPipeline):
+    """A pipeline of a transformer alone."""
+
+    def __init__(self, transformer: FluxTransformer2DModel) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "proj_out"])
+def test_names_that_end_like_others(tmp_path, targets) -> None:
+    def flux() -> FluxTransformer2DModel:
+        torch.manual_seed(0)
+        return FluxTransformer2DModel(
+            in_channels=4, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+
+    source = OneModel(flux())
+    linear = [name for name, module in source.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert "proj_out" in linear
+    names = linear if targets == "all-linear" else "proj_out"  # a str: the root's layer alone
+    source.transformer.add_adapter(S2FTConfig(target_modules=names, n_frequency=0.1, init_weights=False), "a")
+    path = source.save_s2ft_weights(tmp_path)
+    pipe = OneModel(flux())
+    pipe.load_s2ft_weights(path)
+    kinds = [sum(isinstance(m, S2FTLinear) for m in p.transformer.modules()) for p in (source, pipe)]
+    assert kinds[0] == kinds[1] == (len(linear) if targets == "all-linear" else 1)
+    layers = read_adapter(pipe.save_s2ft_weights(tmp_path / "again")).layers["transformer"]
+    for name, layer in read_adapter(path).layers["transformer"].items():
+        assert torch.equal(layers[name].coefficients, layer.coefficients)
+
+
+def test_a_state_dict_stays_its_owners(pipe, folder) -> None:
+    path, _ = folder
+    pipe.load_s2ft_weights(path, adapter_name="a")
+    config = pipe.unet.peft_config["a"]
+    weights = get_peft_model_state_dict(pipe.unet, adapter_name="a")
+    pipe.load_s2ft_weights(weights, adapter_name="b", config=config)
+    layer = next(m for m in pipe.unet.modules() if isinstance(m, S2FTLinear))
+    assert layer.s2ft_delta["a"].coefficients.data_ptr() != layer.s2ft_delta["b"].coefficients.data_ptr()
+
+
+def test_what_is_known_of_an_adapter_goes_with_it(pipe, folder, tmp_path) -> None:
+    path, _ = folder
+    pipe.load_s2ft_weights(path, adapter_name="dog")
+    other = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    header = read_header(other.save_s2ft_weights(tmp_path / "other"))  # another pipeline of the same models
+    assert header.info.subject == "cat"
+    pipe.delete_adapters("dog")
+    add(pipe, "dog")
+    assert read_header(pipe.save_s2ft_weights(tmp_path / "new")).info.subject is None
+
+
+def test_whole_modules_have_no_place_in_the_file(pipe, tmp_path) -> None:
+    before = state(pipe)
+    config = S2FTConfig(target_modules=["to_q"], n_frequency=100, modules_to_save=["conv_out"])
+    pipe.unet.add_adapter(config, "m")
+    with pytest.raises(ValueError, match=r"\['conv_out'\] whole"):
+        pipe.save_s2ft_weights(tmp_path)
+    pipe.unload_s2ft_weights()
+    assert same_state(pipe, before)
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -237,15 +306,12 @@ def test_another_kind_of_model(pipe, folder) -> None:
         ),
         scheduler=pipe.scheduler,
     )
-    with pytest.raises(AdapterFileError, match="no linear layer there"):
+    with pytest.raises(AdapterFileError, match="no linear layer or convolution there"):
         ddpm.load_s2ft_weights(path)
 
 
 def test_a_failure_while_attaching_is_undone(pipe, folder, monkeypatch) -> None:
     path, _ = folder
-    before, base = state(pipe), generate(pipe)
-    from s2ft_diffusion.layer import SpectralDelta
-
     calls = []
 
     def failing(self, *args, **kwargs):
@@ -254,11 +320,20 @@ def test_a_failure_while_attaching_is_undone(pipe, folder, monkeypatch) -> None:
             raise RuntimeError("out of memory")
         return torch.nn.Module.load_state_dict(self, *args, **kwargs)
 
+    add(pipe, "trained")
+    before, base = state(pipe), generate(pipe)
+    trainable = {name for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
     monkeypatch.setattr(SpectralDelta, "load_state_dict", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         pipe.load_s2ft_weights(path)
     assert same_state(pipe, before)
     assert torch.equal(generate(pipe), base)
+    assert trainable == {name for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
+
+
+def test_names_that_pytorch_has_no_place_for(pipe, folder) -> None:
+    with pytest.raises(ValueError, match="empty or contain a dot"):
+        pipe.load_s2ft_weights(folder[0], adapter_name="my.dog")
 
 
 def test_sources_that_do_not_exist(pipe, tmp_path) -> None:

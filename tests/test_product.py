@@ -91,11 +91,11 @@ def test_a_layer_gives_the_same_either_way(dtype, monkeypatch) -> None:
     assert layer.s2ft_delta["default"].prefers_product(x)
     coefficients = layer.s2ft_delta["default"].coefficients
     calls = []
-    monkeypatch.setattr("s2ft_diffusion.layer.delta_weight", lambda *a: (calls.append(1), delta_weight(*a))[1])
+    monkeypatch.setattr("s2ft_diffusion.delta.delta_weight", lambda *a: (calls.append(1), delta_weight(*a))[1])
     few = layer(x)
     (few_grad,) = torch.autograd.grad(few.float().square().sum(), coefficients)
     assert not calls
-    monkeypatch.setattr("s2ft_diffusion.layer.prefers_spectrum", lambda *a: False)
+    monkeypatch.setattr("s2ft_diffusion.delta.prefers_spectrum", lambda *a: False)
     many = layer(x)
     (many_grad,) = torch.autograd.grad(many.float().square().sum(), coefficients)
     assert calls

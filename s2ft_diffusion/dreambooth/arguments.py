@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("S2FT").add_argument
     add("--preset", choices=tuple(PRESETS), default="default", help="where the options below start from")
-    add("--targets", choices=TARGETS, default="qv", help="query and value, attention, or whole transformer blocks")
+    add("--targets", choices=TARGETS, default="qv", help="query and value, attention, transformer blocks, or all")
     add("--train_text_encoder", action="store_true", help="adapt the text encoder's projections too")
     add("--n_frequency", type=amount, help="real trainable numbers a layer: a count, or a share below 1 such as 0.02")
     add("--scaling", type=float, help="the factor alpha of the weight change")

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .. import toybox
 from ..attention import attention_targets
 from ..config import S2FTConfig
+from ..layer import delta_shape
 from ..spectrum import count_positions
 from .arguments import s2ft_config
 from .errors import InputError
@@ -82,7 +83,7 @@ def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
     for name in sorted(config.target_modules):
         layer = model.get_submodule(name)
         try:
-            count_positions(config.n_frequency, (layer.out_features, layer.in_features), config.coefficients)
+            count_positions(config.n_frequency, delta_shape(layer), config.coefficients)
         except ValueError as error:
             raise InputError(f"{component}.{name}: {error}") from None
 
