@@ -39,12 +39,13 @@ from s2ft_diffusion.dreambooth.checkpoints import (
     TrainingState,
     clear_checkpoints,
     prepare_output_dir,
+    read_state,
     run_flags,
 )
-from s2ft_diffusion.dreambooth.class_images import class_image_paths, ensure_class_images
-from s2ft_diffusion.dreambooth.draws import DrawStream
-from s2ft_diffusion.dreambooth.errors import Diverged, Interrupted
-from s2ft_diffusion.dreambooth.images import SquareImages, find_images, load_image
+from s2ft_diffusion.dreambooth.class_images import class_image_paths, ensure_class_images, present_class_images
+from s2ft_diffusion.dreambooth.draws import DrawStream, replayed
+from s2ft_diffusion.dreambooth.errors import Diverged, InputError, Interrupted
+from s2ft_diffusion.dreambooth.images import SquareImages, find_images, fingerprints, load_image
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
 from s2ft_diffusion.dreambooth.optimizer import make_optimizer
 from s2ft_diffusion.dreambooth.phases import PROGRESS_NAME, Phases
@@ -56,7 +57,14 @@ from s2ft_diffusion.dreambooth.process import (
     weight_dtype,
 )
 from s2ft_diffusion.dreambooth.prompts import Prompts
-from s2ft_diffusion.dreambooth.publish import describe, push, usage_snippet, write_model_card, write_text
+from s2ft_diffusion.dreambooth.publish import (
+    describe,
+    open_repository,
+    push,
+    usage_snippet,
+    write_model_card,
+    write_text,
+)
 from s2ft_diffusion.dreambooth.validation import Validation
 from s2ft_diffusion.prior import estimate_prior, place_from_prior
 
@@ -71,15 +79,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     instance_paths = find_images(args.instance_dir)
     for path in instance_paths:
         load_image(path)
-    args.images = ", ".join(path.name for path in instance_paths)
+    if args.with_prior_preservation:
+        present_class_images(Path(args.class_data_dir))
+    args.images = fingerprints(instance_paths)
     resume_path = prepare_output_dir(args)
     plan = plan_base(args)
     output_dir = Path(args.output_dir)
 
     accelerator = make_accelerator(args)
     dtype = weight_dtype(accelerator)
-    if accelerator.is_main_process and args.overwrite_output_dir:
-        clear_checkpoints(output_dir)
+    steps = total_steps(args, len(instance_paths), accelerator)
+    if resume_path is not None and (done := read_state(resume_path).step) > steps:
+        raise InputError(f"{resume_path} is after step {done}, the run is to have {steps}.")
+    args.hub_repository = None
+    if args.push_to_hub and accelerator.is_main_process:
+        args.hub_repository = open_repository(output_dir, args)
     progress_file = output_dir / PROGRESS_NAME if accelerator.is_main_process else None
     phases = Phases(logger, progress_file, anew=resume_path is None)
     if not args.prompt_was_given:
@@ -124,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"{len(prior)} layers")
             del prior
 
-    steps = total_steps(args, len(sources[0]), accelerator)
     trainable = [p for model in components.values() for p in model.parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(args, trainable, images_per_step(args, accelerator), steps)
     *trained, optimizer = accelerator.prepare(*components.values(), optimizer)
@@ -142,10 +155,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     state.flags = run_flags(args)
     accelerator.init_trackers("dreambooth-s2ft", config=state.flags)
 
+    if accelerator.is_main_process and args.overwrite_output_dir:  # now that nothing is in the way of new ones
+        clear_checkpoints(output_dir)
     loss = DiffusionLoss(trained[0], base.scheduler, prompts, snr_gamma=args.snr_gamma)
     validate = Validation(args, plan, base, accelerator)
     validation_steps = args.validation_epochs * steps_per_epoch(args, len(sources[0]), accelerator)
-    with phases("train") as say, deferred_interrupt() as interrupted:
+    meaning = "Stopping after this step; a checkpoint follows. Wait for the line that says it is complete."
+    with phases("train") as say, deferred_interrupt(meaning) as interrupted:
         bar = tqdm(range(steps), initial=state.step, desc="train", disable=not accelerator.is_main_process)
         for step in range(state.step, steps):
             mean = 0.0
@@ -196,7 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "loss_first": sum(state.losses[:tenth]) / tenth,
             "loss_last": sum(state.losses[-tenth:]) / tenth,
         }
-        say(f"{steps} steps, loss {facts['loss_first']:.4f} -> {facts['loss_last']:.4f} on equal draws")
+        equal = " on equal draws" if replayed(steps - 1, steps) != steps - 1 else ""
+        say(f"{steps} steps, loss {facts['loss_first']:.4f} -> {facts['loss_last']:.4f}{equal}")
 
     path = output_dir / WEIGHTS_NAME
     if accelerator.is_main_process:  # before anything else can fail
@@ -215,13 +232,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             adapter = collect_adapter(components, ADAPTER, describe(args, facts, samples))
             size, error = write_adapter(path, adapter, args.adapter_dtype)
             bar.update()
-            write_model_card(output_dir, args, adapter, size, facts["share"])
+            write_model_card(output_dir, args, adapter, size, facts["share"], samples)
             written = {"adapter": str(path), "adapter_bytes": size, "adapter_error": error}
             report = {**facts, "seconds": phases.seconds, **written}
             write_text(output_dir / "training.json", json.dumps(report, indent=2))
             bar.update()
             if args.push_to_hub:
-                say(f"uploaded to {push(output_dir, args)}")
+                say(f"uploaded to {push(output_dir, args, samples)}")
                 bar.update()
             bar.close()
             say(f"{path}, {size:,} bytes, {facts['trainable']:,} trainable numbers, {facts['share']:.3%} of the model")
@@ -239,7 +256,8 @@ def add_adapters(args: argparse.Namespace, plan: BasePlan, base: Base) -> dict[s
     if args.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         if args.train_text_encoder:
-            base.text_encoder.gradient_checkpointing_enable()
+            base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            base.text_encoder.train()  # transformers checkpoints no model that is not in training
     return components
 
 

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion.adapter_file import WEIGHTS_NAME, read_adapter
 from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
+from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.publish import class_words
 from tests.conftest import ROOT, SHARED, generate
@@ -224,6 +225,8 @@ def test_prior_preservation(photos, tmp_path) -> None:
             "--coefficients",
             "real",
         ),
+        ("--targets", "all", "--n_frequency", "0.005"),
+        ("--gradient_checkpointing", "--train_text_encoder"),
         ("--num_train_epochs", "1", "--scale_lr", "--center_crop", "--resolution", "32"),
     ],
     ids=lambda more: more[0].strip("-") + "-" + more[1],
@@ -254,6 +257,56 @@ def test_same_seed_same_file_other_seed_other_file(photos, tmp_path, monkeypatch
     ]
     assert files[0] == files[1]
     assert files[0] != files[2]
+
+
+def test_a_run_that_goes_on_from_an_early_checkpoint_keeps_its_own(photos, tmp_path) -> None:
+    output = tmp_path / "out"
+    flags = ("--max_train_steps", "6", "--checkpointing_steps", "2")
+    train_here(photos, output, *flags)
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    more = ("--resume_from_checkpoint", "checkpoint-2", "--checkpoints_total_limit", "2", "--max_train_steps", "4")
+    train_here(photos, output, *flags, *more)
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-6", "checkpoint-4"]  # the newest last
+
+
+def test_what_a_failed_start_leaves_alone(photos, tmp_path, monkeypatch) -> None:
+    flags = ("--max_train_steps", "2", "--checkpointing_steps", "1")
+    train_here(photos, tmp_path / "out", *flags)
+
+    def broken(*args):
+        raise InputError("the base is damaged")
+
+    monkeypatch.setattr(recipe, "load_base", broken)
+    with pytest.raises(InputError, match="damaged"):
+        train_here(photos, tmp_path / "out", *flags, "--overwrite_output_dir")
+    assert len(list_checkpoints(tmp_path / "out")) == 2
+
+
+def test_the_card_shows_the_samples_of_its_run(photos, tmp_path) -> None:
+    output, sampling = tmp_path / "out", ("--validation_prompt", "a photo of sks dog", "--num_validation_images", "1")
+    train_here(photos, output, "--max_train_steps", "1", *sampling)
+    assert "final-0.png" in (output / "README.md").read_text()
+    train_here(photos, output, "--max_train_steps", "1")
+    assert "final-0.png" not in (output / "README.md").read_text()
+
+
+def test_the_subject_is_called_what_one_says(photos, tmp_path) -> None:
+    info = read_adapter(train_here(photos, tmp_path / "out", "--max_train_steps", "1", "--subject=柴犬 R2-D2")).info
+    assert (info.subject, info.instance_prompt) == ("柴犬 R2-D2", "a photo of sks 柴犬 R2-D2")
+
+
+def test_gradient_checkpointing_reaches_the_text_encoder(photos, tmp_path, monkeypatch) -> None:
+    before, encoders = recipe.add_adapters, []
+
+    def keeping(args, plan, base):
+        encoders.append(base.text_encoder)
+        return before(args, plan, base)
+
+    monkeypatch.setattr(recipe, "add_adapters", keeping)
+    more = ("--max_train_steps", "1", "--train_text_encoder", "--gradient_checkpointing")
+    train_here(photos, tmp_path / "out", *more)
+    assert encoders[0].is_gradient_checkpointing
+    assert encoders[0].training  # in evaluation transformers does without
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch) -> None:
@@ -301,6 +354,11 @@ def test_bad_input_is_one_line_and_exit_code_two(photos, tmp_path) -> None:
 
 
 def test_refuses_images(photos, tmp_path) -> None:
+    classes = tmp_path / "classes"
+    classes.mkdir()
+    (classes / "notes.txt").write_text("not an image")
+    more = ("--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt", "a dog")
+    assert "notes.txt" in bad(photos, tmp_path / "out", *more)
     (photos / "9.jpg").write_bytes(b"not an image")
     assert "9.jpg" in bad(photos, tmp_path / "out")
 
@@ -314,6 +372,14 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
     assert "--overwrite_output_dir" in message
     more = ("--resume_from_checkpoint", "latest", "--seed", "5", "--n_frequency", "100")
     assert "--seed 5 (was 0)" in bad(photos, tmp_path / "out", *more)
+    two = ("--resume_from_checkpoint", "latest", "--max_train_steps", "2")
+    train_here(photos, tmp_path / "two", "--max_train_steps", "2", "--checkpointing_steps", "2")
+    assert "after step 2" in bad(photos, tmp_path / "two", *two[:-1], "1")
+    (photos / "0.png").write_bytes((photos / "1.png").read_bytes())  # another photo under the same name
+    assert "other photos: 0.png differ" in bad(photos, tmp_path / "two", *two)
+    (tmp_path / "two" / "checkpoint-2" / "optimizer.bin").unlink()
+    (tmp_path / "two" / "checkpoint-2" / "training_state.json").write_text("{")
+    assert "damaged" in bad(photos, tmp_path / "two", *two)
     assert "no checkpoint" in bad(photos, tmp_path / "out", "--resume_from_checkpoint", "checkpoint-77")
     train_here(photos, tmp_path / "out", "--max_train_steps", "1", "--overwrite_output_dir")
     assert not list((tmp_path / "out").glob("checkpoint-*"))
@@ -334,6 +400,11 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
         (("--max_train_steps", "0"), "at least 1"),
         (("--learning_rate", "-1"), "above 0"),
         (("--adam_beta2", "1.0"), "adam_beta2"),
+        (("--adam_weight_decay", "-1"), "negative"),
+        (("--adam_epsilon", "0"), "above 0"),
+        (("--snr_gamma", "0"), "above 0"),
+        (("--lr_scheduler", "polynomial", "--learning_rate", "1e-8"), "polynomial"),
+        (("--push_to_hub", "--hub_model_id", "my dog"), "--hub_model_id"),
         (("--mixed_precision", "fp16"), "bf16"),
         (("--report_to", "carrier_pigeon"), "report_to"),
         (("--n_frequency", "1.5"), "n_frequency"),

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 from diffusers.optimization import SchedulerType
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..adapter_format import DTYPES
 from ..attention import TARGETS
@@ -55,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision", help="revision of the base on the hub")
     add("--variant", help="weight variant of the base, such as fp16")
     add("--instance_dir", "--instance_data_dir", dest="instance_dir", required=True, help="folder with the photos")
-    add("--instance_prompt", help="prompt that names the subject; by default 'a photo of sks <name of the folder>'")
+    add("--subject", help="what the subject is called; by default the folder's name")
+    add("--instance_prompt", help="prompt that names the subject; by default 'a photo of sks <subject>'")
     add("--class_data_dir", help="folder with class images; missing ones are generated there")
     add("--class_prompt", help="prompt of the class, for prior preservation")
     add("--with_prior_preservation", action="store_true", help="train on class images as well")
@@ -129,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+POLYNOMIAL_END = 1e-7  # diffusers' polynomial schedule goes down to this rate
 LEARNING_RATE = 1e-3  # what measured best on the embedded base, for both presets: docs/learning-rate.md
 DEFAULT_STEPS = 500
 ESTIMATES = {"default": "full", "paper": "gradient"}  # docs/evaluation.md
@@ -142,8 +146,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     args = build_parser().parse_args(argv)
     args.prompt_was_given = args.instance_prompt is not None
+    args.subject = args.subject or folder_words(args.instance_dir)
     if not args.prompt_was_given:
-        args.instance_prompt = f"a photo of sks {folder_words(args.instance_dir)}"
+        args.instance_prompt = f"a photo of sks {args.subject}"
     args.estimate = args.estimate or ESTIMATES[args.preset]
     if args.estimate_draws is None and args.estimate != "full":  # else by the run's length: batches.estimate_draws
         args.estimate_draws = ESTIMATE_DRAWS
@@ -169,9 +174,13 @@ def _check(args: argparse.Namespace) -> None:
     for name in positive + tuple(name for name in optional if getattr(args, name) is not None):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    for name in ("learning_rate", "scaling", "max_grad_norm"):
+    for name in ("learning_rate", "scaling", "max_grad_norm", "adam_epsilon", "snr_gamma"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} must be above 0, got {getattr(args, name)}.")
+    if args.adam_weight_decay < 0:
+        raise InputError(f"--adam_weight_decay must not be negative, got {args.adam_weight_decay}.")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
+        raise InputError(f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}: --learning_rate must be above that.")
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         raise InputError("--max_train_steps and --num_train_epochs contradict each other; give one.")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
@@ -180,6 +189,11 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--class_data_dir and --class_prompt do nothing without --with_prior_preservation.")
     if args.class_data_dir and Path(args.class_data_dir).exists() and not Path(args.class_data_dir).is_dir():
         raise InputError(f"--class_data_dir {args.class_data_dir} is no folder.")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or Path(args.output_dir).resolve().name)
+        except HFValidationError as error:
+            raise InputError(f"--push_to_hub: choose another --hub_model_id: {error}") from None
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
     for name in ("adam_beta1", "adam_beta2"):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
+import pickle
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ from torch import nn
 from ..adapter_file import WEIGHTS_NAME, Adapter, AdapterFileError, collect_adapter, read_adapter, write_adapter
 from .errors import InputError
 
+logger = logging.getLogger("train_dreambooth_s2ft")
 ADAPTER = "default"
 STATE_NAME = "training_state.json"
 # Flags that a resumed run may change: what is written, shown or kept, not what is trained.
@@ -26,7 +30,7 @@ FREE_FLAGS = frozenset(
         "checkpointing_steps", "checkpoints_total_limit", "max_train_steps", "num_train_epochs", "validation_prompt",
         "num_validation_images", "validation_epochs", "sample_batch_size", "prior_generation_precision", "report_to",
         "logging_dir", "push_to_hub", "hub_model_id", "adapter_dtype", "allow_tf32", "local_rank", "prompt_was_given",
-        "pre_compute_text_embeddings", "estimate", "estimate_draws",
+        "pre_compute_text_embeddings", "estimate", "estimate_draws", "subject",
     )
 )  # fmt: skip
 
@@ -39,19 +43,31 @@ def run_flags(args: argparse.Namespace) -> dict[str, object]:
 
 @dataclass
 class TrainingState:
-    """What a checkpoint knows beside accelerate's state: steps done, losses so far, and the flags of the run."""
+    """What a checkpoint knows beside accelerate's state: steps done, losses so far, the flags of the run, and when it
+    was written (seconds since 1970)."""
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     flags: dict[str, object] = field(default_factory=dict)
+    written: float = 0.0
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of an output folder, the oldest first."""
+    """The complete checkpoints of an output folder, those written first first.
+
+    Not by their steps: a run that goes on from an early checkpoint leaves later ones behind, which are older.
+    """
     if not output_dir.is_dir():
         return []
     numbered = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
-    return [path for number, path in sorted((int(n), p) for n, p in numbered if n.isdigit())]
+    return [path for *_, path in sorted((_when_written(p), int(n), p) for n, p in numbered if n.isdigit())]
+
+
+def _when_written(path: Path) -> float:
+    try:
+        return read_state(path).written
+    except InputError:
+        return 0.0
 
 
 def prepare_output_dir(args: argparse.Namespace) -> Path | None:
@@ -78,6 +94,7 @@ def prepare_output_dir(args: argparse.Namespace) -> Path | None:
         return None
     if args.resume_from_checkpoint == "latest":
         if not present:
+            logger.info("There is no checkpoint in %s yet: starting from the beginning.", output_dir)
             return None
         path = present[-1]
     else:
@@ -85,8 +102,12 @@ def prepare_output_dir(args: argparse.Namespace) -> Path | None:
         path = path if path.is_dir() else output_dir / path
     if not (path / STATE_NAME).is_file():
         raise InputError(f"{args.resume_from_checkpoint}: there is no checkpoint.")
-    flags = _read_state(path).flags
+    flags = read_state(path).flags
     different = [name for name in run_flags(args) if name not in FREE_FLAGS and flags.get(name) != getattr(args, name)]
+    if "images" in different:
+        before, now = (set(str(images).split(", ")) for images in (flags.get("images"), args.images))
+        changed = ", ".join(sorted({entry.rpartition(" ")[0] for entry in before ^ now}))
+        raise InputError(f"{path} is a checkpoint of a run on other photos: {changed} differ.")
     if different:
         changes = ", ".join(f"--{name} {getattr(args, name)} (was {flags.get(name)})" for name in different)
         raise InputError(f"{path} is a checkpoint of a run with other flags: {changes}.")
@@ -99,7 +120,8 @@ def clear_checkpoints(output_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def _read_state(path: Path) -> TrainingState:
+def read_state(path: Path) -> TrainingState:
+    """What a checkpoint knows; raises InputError if it is damaged."""
     try:
         return TrainingState(**json.loads((path / STATE_NAME).read_text()))
     except (OSError, TypeError, ValueError) as error:
@@ -138,7 +160,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary), safe_serialization=True)
         if self.accelerator.is_main_process:
-            (temporary / STATE_NAME).write_text(json.dumps(asdict(state)))
+            (temporary / STATE_NAME).write_text(json.dumps(asdict(replace(state, written=time.time()))))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)
@@ -150,9 +172,15 @@ class Checkpoints:
         return final
 
     def load(self, path: Path) -> TrainingState:
-        """Restore adapter, optimizer, scheduler and generators; order and positions are the checkpoint's."""
-        self.accelerator.load_state(str(path))
-        return _read_state(path)
+        """Restore adapter, optimizer, scheduler and generators; order and positions are the checkpoint's.
+
+        Raises InputError if it is damaged.
+        """
+        try:
+            self.accelerator.load_state(str(path))
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{path}: the checkpoint is damaged ({error}).") from None
+        return read_state(path)
 
     def last_good(self) -> str:
         """A sentence for someone whose run has failed: what can still be used."""

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..seeding import seeded
 from .base import BasePlan
-from .images import find_images
+from .images import find_images, load_image
 
 
 def ensure_class_images(folder: Path, args: argparse.Namespace, plan: BasePlan, accelerator: Accelerator) -> int:
@@ -23,7 +23,7 @@ def ensure_class_images(folder: Path, args: argparse.Namespace, plan: BasePlan, 
     and an interrupted call goes on where it stopped. The pipeline is one of its own, in its own precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    present = {path.name for path in folder.iterdir() if not path.name.startswith(".") and path.is_file()}
+    present = {path.name for path in present_class_images(folder)}
     names = [f"class-{i:05d}.png" for i in range(args.num_class_images)]
     missing = [(i, name) for i, name in enumerate(names) if name not in present]
     missing = missing[: max(0, args.num_class_images - len(present))]
@@ -53,6 +53,15 @@ def ensure_class_images(folder: Path, args: argparse.Namespace, plan: BasePlan, 
     bar.close()
     accelerator.wait_for_everyone()
     return len(missing)
+
+
+def present_class_images(folder: Path) -> list[Path]:
+    """The class images that a folder has already, if any; raises InputError for a file that is no image."""
+    visible = folder.is_dir() and any(path.is_file() and not path.name.startswith(".") for path in folder.iterdir())
+    paths = find_images(folder) if visible else []
+    for path in paths:
+        load_image(path)
+    return paths
 
 
 def class_image_paths(folder: Path, count: int) -> list[Path]:

@@ -9,5 +9,9 @@ class Diverged(RuntimeError):
     """The loss, or a gradient, is not finite any more."""
 
 
+class NotPublished(RuntimeError):
+    """The upload failed; the adapter is on disk."""
+
+
 class Interrupted(RuntimeError):
     """Ctrl-C, after a checkpoint was written."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,11 @@ def find_images(folder: str | Path) -> list[Path]:
     return paths
 
 
+def fingerprints(paths: Sequence[Path]) -> str:
+    """The files' names and a hash of what each holds, as one line: the same line is the same photos."""
+    return ", ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths)
+
+
 def load_image(path: Path) -> Image.Image:
     """Any image file as RGB: turned as its EXIF says, 16 bits brought to 8, transparency on white.
 
@@ -44,7 +51,7 @@ def load_image(path: Path) -> Image.Image:
             image.load()
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {error}") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         kind = "a truncated image" if "truncated" in str(error).lower() else "not a readable image"
         raise InputError(f"{path}: {kind} ({error}).") from None
     if image.mode.startswith("I"):

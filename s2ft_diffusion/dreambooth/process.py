@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from .errors import Diverged, InputError, Interrupted
+from .errors import Diverged, InputError, Interrupted, NotPublished
 
 CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.model")
 
@@ -53,15 +54,25 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 class deferred_interrupt:
-    """Within the block, Ctrl-C and SIGTERM wait for whoever asks: what `with` gives says whether one came."""
+    """Within the block, Ctrl-C and SIGTERM wait for whoever asks: what `with` gives says whether one came.
+
+    The first says what will happen, in the words of `meaning`; the third Ctrl-C is one as ever.
+    """
+
+    def __init__(self, meaning: str) -> None:
+        self.meaning = meaning
 
     def __enter__(self) -> Callable[[], bool]:
-        self.came = False
+        self.came = 0
         self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return lambda: self.came
+        return lambda: self.came > 0
 
     def _note(self, number: int, frame: object) -> None:
-        self.came = True
+        self.came += 1
+        if self.came == 1:  # not by print: it may be in the middle of one
+            os.write(sys.stderr.fileno(), f"\n{self.meaning}\n".encode())
+        elif self.came > 2 and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self.before.items():
@@ -72,13 +83,13 @@ class deferred_interrupt:
 def exit_codes(program: str) -> Iterator[None]:
     """Turn the ways a run can end early into one line on standard error and an exit code.
 
-    2 for bad input, 1 for a loss that is not finite, 130 for Ctrl-C, as shells have it.
+    2 for bad input, 1 for a loss that is not finite and for an upload that failed, 130 for Ctrl-C, as shells have it.
     """
     try:
         yield
     except InputError as error:
         message, code = f"error: {error}", 2
-    except Diverged as error:
+    except (Diverged, NotPublished) as error:
         message, code = str(error), 1
     except Interrupted as error:
         message, code = f"{error} Go on with --resume_from_checkpoint latest.", 130

@@ -9,11 +9,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
 
 from ..adapter_file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail
-from .arguments import folder_words
+from .errors import InputError, NotPublished
 
 
 def describe(args: argparse.Namespace, facts: dict[str, Any], samples: Sequence[Path] = ()) -> AdapterInfo:
@@ -22,12 +23,11 @@ def describe(args: argparse.Namespace, facts: dict[str, Any], samples: Sequence[
     The date is the day's (or SOURCE_DATE_EPOCH's), so that equal runs make equal files.
     """
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    words = folder_words(args.instance_dir)
     return AdapterInfo(
         base_model=args.pretrained_model_name_or_path,
         instance_prompt=args.instance_prompt,
-        subject=words,
-        class_name=class_words(args.class_prompt, args.instance_prompt) or words,
+        subject=args.subject,
+        class_name=class_words(args.class_prompt, args.instance_prompt) or args.subject,
         date=str(date.fromtimestamp(int(epoch)) if epoch else date.today()),
         training=facts,
         thumbnail=make_thumbnail(Image.open(samples[0])) if samples else None,
@@ -58,11 +58,17 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_model_card(folder: Path, args: argparse.Namespace, adapter: Adapter, file_bytes: int, share: float) -> None:
-    """Write README.md: what the adapter is, its size, its samples, and a YAML header the hub reads."""
-    samples = sorted((folder / "validation").glob("final-*.png"))
+def write_model_card(
+    folder: Path,
+    args: argparse.Namespace,
+    adapter: Adapter,
+    file_bytes: int,
+    share: float,
+    samples: Sequence[Path] = (),
+) -> None:
+    """Write README.md: what the adapter is, its size, this run's samples, and a YAML header the hub reads."""
     pictures = "\n".join(f"![sample](./validation/{path.name})" for path in samples)
-    name = args.hub_model_id or folder.resolve().name
+    name = args.hub_repository or folder.resolve().name
     description = f"""
 # S2FT adapter: {name}
 
@@ -89,14 +95,29 @@ pipe({args.instance_prompt!r}).images[0]
     write_text(folder / "README.md", str(ModelCard(f"---\n{header.to_yaml()}\n---\n{description}")))
 
 
-def push(folder: Path, args: argparse.Namespace) -> str:
-    """Upload the adapter, its card and samples; returns the repository's name."""
-    repository = create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True, token=args.hub_token).repo_id
-    upload_folder(
-        repo_id=repository,
-        folder_path=folder,
-        commit_message="S2FT adapter",
-        allow_patterns=[WEIGHTS_NAME, "README.md", "validation/*.png"],
-        token=args.hub_token,
-    )
-    return repository
+def open_repository(folder: Path, args: argparse.Namespace) -> str:
+    """Create the repository to upload to, unless it exists; returns its full name.
+
+    Raises InputError where the hub refuses or cannot be reached: better before training than after it.
+    """
+    try:
+        return create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True, token=args.hub_token).repo_id
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise InputError(f"--push_to_hub: the repository cannot be created: {error}") from None
+
+
+def push(folder: Path, args: argparse.Namespace, samples: Sequence[Path] = ()) -> str:
+    """Upload the adapter, its card and samples; returns the repository's name. Raises NotPublished."""
+    try:
+        upload_folder(
+            repo_id=args.hub_repository,
+            folder_path=folder,
+            commit_message="S2FT adapter",
+            allow_patterns=[WEIGHTS_NAME, "README.md", *(f"validation/{path.name}" for path in samples)],
+            token=args.hub_token,
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise NotPublished(
+            f"The upload to {args.hub_repository} failed: {error} The adapter is complete: {folder / WEIGHTS_NAME}."
+        ) from None
+    return args.hub_repository
