@@ -11,7 +11,7 @@ import argparse
 from typing import Any
 
 from .methods import METHODS, Method
-from .protocol import DEVELOPMENT, add_protocol_arguments
+from .protocol import DEVELOPMENT, add_protocol_arguments, make_quick
 from .rates import STEP
 from .study import run_study
 from .table import markdown, markdown_of_trials
@@ -45,6 +45,12 @@ RATE = METHODS[-1].rate * STEP
 DEFAULT = Method("ablation-default", "default", "s2ft", RATE, ("--preset", "default"))
 
 
+QUICK = {
+    "seeds": 1, "trials": 1, "steps": 40, "images_per_prompt": 2, "sampling_steps": 8, "drift_images": 1,
+    "development": DEVELOPMENT[:1], "subjects": ("mittens",),
+}  # fmt: skip
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_protocol_arguments(parser, "outputs/ablation", trials=2)
     parser.add_argument("--groups", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
@@ -67,9 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises InputError or EncoderError before anything is trained.
     """
     if args.quick:
-        args.seeds, args.trials, args.steps, args.images_per_prompt, args.sampling_steps = 1, 1, 40, 2, 8
-        args.drift_images, args.development = 1, None if args.subjects_dir else DEVELOPMENT[:1]
-        args.subjects = args.subjects or (None if args.subjects_dir else ["mittens"])
+        make_quick(args, add_arguments, QUICK)
     study = run_study(args, methods(args.groups), beside=DEFAULT.name)
     if study is None:
         return {}

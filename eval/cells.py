@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from s2ft_diffusion.dreambooth.errors import InputError
 from .encoders import Encoders
 from .generation import claim, image_path, load_pipeline, make_images, read_images, write_image
 from .methods import BASE, DRAWN, Method
-from .prompts import drift_prompts
+from .prompts import Prompt, drift_prompts
 from .protocol import Protocol, Subject, make_protocol
 from .score import encoders_for
 from .scores import add_drift, score_images, score_real
@@ -117,8 +117,8 @@ class Laboratory:
         for prompt, images in made.items():
             for number, image in enumerate(images):
                 write_image(image, image_path(cell.images, prompt.text, number))
-        scores, of_photos = score_images(self.encoders, real, made), score_real(self.encoders, real)
-        return {"scores": scores.to_json(), "real": of_photos.to_json()}
+        scores = score_images(self.encoders, real, made)
+        return {"scores": scores.to_json(), "real": score_real(self.encoders, real, _side(made)).to_json()}
 
     def _picture(self, cell: Cell) -> dict[str, Any]:
         """Train, picture and score."""
@@ -141,7 +141,7 @@ class Laboratory:
         return {
             "trainable": trained.trainable, "share": trained.share, "bytes": trained.bytes,
             "seconds": round(trained.seconds, 2), "peak_mb": round(trained.peak_bytes / 1e6, 1),
-            "scores": scores.to_json(), "real": score_real(self.encoders, real).to_json(),
+            "scores": scores.to_json(), "real": score_real(self.encoders, real, _side(made)).to_json(),
             "losses": [round(value, 5) for value in trained.losses],
         }  # fmt: skip
 
@@ -197,6 +197,10 @@ class Laboratory:
                 return True
         except Timeout:
             return False
+
+
+def _side(made: Mapping[Prompt, Sequence[Image.Image]]) -> int:
+    return next(iter(made.values()))[0].width
 
 
 def _images(cell: Cell, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:

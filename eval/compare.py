@@ -9,7 +9,7 @@ from s2ft_diffusion.dreambooth.errors import InputError
 
 from .methods import METHODS
 from .plots import plot_bars, plot_losses, plot_sheet, plot_tradeoff
-from .protocol import DEVELOPMENT, add_protocol_arguments
+from .protocol import DEVELOPMENT, add_protocol_arguments, make_quick
 from .study import run_study
 from .table import markdown
 
@@ -32,19 +32,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises InputError or EncoderError before anything is trained.
     """
     if args.quick:
-        for name, value in QUICK.items():
-            setattr(args, name, value if not args.subjects_dir or name not in ("development", "subjects") else None)
+        make_quick(args, add_arguments, QUICK)
     if args.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {args.seeds}.")
     methods = [m for m in METHODS if not args.methods or m.name in args.methods]
     study = run_study(args, methods)
     if study is None:
         return {}
+    study.write("compare", markdown(study.report, METHODS[-1].name))
     plot_bars(study.report, args.output_dir / "bars.png")
     plot_tradeoff(study.report, args.output_dir / "tradeoff.png")
     plot_losses(study.cells, methods, args.output_dir / "losses.png")
     for subject in study.subjects:
         rows = [c for c in (*study.references, *study.cells) if c.subject == subject and c.seed == 0]
         plot_sheet(subject, rows, study.protocol, args.output_dir / f"sheet-{subject.name}.png")
-    study.write("compare", markdown(study.report, METHODS[-1].name))
     return study.report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -48,9 +49,10 @@ def load_pipeline(base: str, device: str, dtype: torch.dtype, **components: Any)
 
 
 def image_path(folder: Path, prompt: str, seed: int) -> Path:
-    """Where the image of a prompt and a seed lies."""
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:80]
-    return folder / slug / f"{seed:03d}.png"
+    """Where the image of a prompt and a seed lies: in a folder of the prompt's words, and a hash of all of it."""
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+    digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+    return folder / f"{slug}-{digest}".lstrip("-") / f"{seed:03d}.png"
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ def plot_tradeoff(found: dict[str, Any], path: Path) -> None:
     """
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    for i, row in enumerate(found["rows"]):
+    scored = [row for row in found["rows"] if row["clip_t"] and row["dino"]]  # not where all trainings failed
+    for i, row in enumerate(scored):
         area = 40 + 25 * max(0.0, np.log10(max(row["share"] or 0, 1e-6)) + 5) ** 2
         x, y = row["clip_t"], row["dino"]
         colour = COLOURS[i % len(COLOURS)]
@@ -66,7 +67,7 @@ def plot_tradeoff(found: dict[str, Any], path: Path) -> None:
         share = f", {row['share']:.2%}" if row["share"] else ""
         label = f"{row['title']}{share}"
         axes.scatter(x["mean"], y["mean"], s=area, color=colour, alpha=0.75, zorder=2, label=label)
-    aim = [row for row in found["rows"] if row["method"] in [method.name for method in REFERENCES]]
+    aim = [row for row in scored if row["method"] in [method.name for method in REFERENCES]]
     if len(aim) == len(REFERENCES):
         ends = ([row[metric]["mean"] for row in aim] for metric in ("clip_t", "dino"))
         axes.plot(*ends, color="grey", linestyle="--", linewidth=1, zorder=0, label="from one to the other")

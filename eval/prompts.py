@@ -33,13 +33,13 @@ class Prompt:
 def read_classes(path: Path) -> dict[str, str]:
     """The classes of subjects by name, from DreamBench's `prompts_and_classes.txt`. Raises InputError without any."""
     try:
-        table = path.read_text(encoding="utf-8").partition("Prompts")[0]
+        table = path.read_text(encoding="utf-8-sig").partition("Prompts")[0]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a list of subjects ({error}).") from None
-    rows = re.findall(r"^(\w+),([\w ]+)$", table.partition("subject_name,class")[2], re.MULTILINE)
+    rows = re.findall(r"^([^,\n]+),([^,\n]+)$", table.partition("subject_name,class")[2], re.MULTILINE)
     if not rows:
         raise InputError(f'{path}: has no lines such as "dog,dog" under "subject_name,class".')
-    return dict(rows)
+    return {name.strip(): kind.strip() for name, kind in rows}
 
 
 def read_templates(path: Path, class_name: str) -> list[str]:
@@ -49,7 +49,7 @@ def read_templates(path: Path, class_name: str) -> list[str]:
     Raises InputError for a file that has none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a list of prompts ({error}).") from None
     if re.search(r"^\s*prompt_list\s*=\s*\[", text, re.MULTILINE):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -123,6 +124,22 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subjects", nargs="+", help="subjects to report on; by default all others")
 
 
+def make_quick(
+    args: argparse.Namespace, add_arguments: Callable[[argparse.ArgumentParser], None], small: Mapping[str, Any]
+) -> None:
+    """Take the values of a small version for every argument that was left at its default.
+
+    Subjects of one's own are not among the small version's.
+    """
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    for name, value in small.items():
+        own = args.subjects_dir is not None and name in ("development", "subjects")
+        if not own and getattr(args, name) == defaults[name]:
+            setattr(args, name, value)
+
+
 def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject]]:
     """The development subjects and those to compare on. Raises InputError for names that are not there."""
     if args.subjects_dir is None:
@@ -142,8 +159,8 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
         if len(known) < 2:
             raise InputError(f"{args.subjects_dir}: fewer than two folders are named as subjects of {args.prompts}.")
     default = list(DEVELOPMENT) if args.subjects_dir is None else list(known)[:1]
-    development = args.development or default
-    subjects = args.subjects or [name for name in known if name not in development]
+    development = list(dict.fromkeys(args.development or default))
+    subjects = list(dict.fromkeys(args.subjects or [name for name in known if name not in development]))
     for name in (*development, *subjects):
         if name not in known:
             raise InputError(f"There is no subject {name!r}; there are {', '.join(known)}.")

@@ -12,16 +12,17 @@ def next_rate(start: float, tried: Mapping[float, float]) -> float:
     """Which rate to try after those tried (rate to loss).
 
     From the start up and down in steps of half a decade until the best rate has been passed on both sides; then halves
-    of a step around the best one. Where a rate did not train at all, its loss is inf.
+    of a step around the best one, halves of these, and so on. Where a rate did not train at all, its loss is inf.
     """
     if not tried:
         return start
     best = best_rate(tried)
-    for step in (STEP, math.sqrt(STEP)):
+    step = STEP
+    while True:
         for candidate in (best / step, best * step):
-            if not any(math.isclose(candidate, rate, rel_tol=0.01) for rate in tried):
+            if not any(math.isclose(candidate, rate, rel_tol=(step - 1) / 10) for rate in tried):
                 return candidate
-    raise ValueError(f"There is nothing left to try around {best:g}.")
+        step = math.sqrt(step)
 
 
 def best_rate(tried: Mapping[float, float]) -> float:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from s2ft_diffusion import AdapterFileError, read_header
+from s2ft_diffusion import AdapterFileError
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
-from s2ft_diffusion.sources import find_adapter_file
+from s2ft_diffusion.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 
 from .encoders import CLIP, DINO, LPIPS, TOYBOX, load_encoders
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, default=None, help="by default 4 for toybox, 7.5 else")
     add("--resolution", type=int, help="by default the base's own")
     add("--output_dir", type=Path, default=Path("outputs/scores"))
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of generation; by default float16 on a GPU")
     add_encoder_arguments(parser)
 
 
@@ -49,9 +50,16 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     add("--clip", help=f"open_clip model, or toybox; by default {CLIP}, for the embedded base toybox")
     add("--lpips", help=f"alex, vgg, squeeze or toybox; by default {LPIPS}, for the embedded base toybox")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="of generation; by default float16 on a GPU")
     add("--batch_size", type=int, default=32, help="images that the encoders see at once")
     add("--features", type=Path, help="folder to keep features in; by default features/ in the output folder")
+
+
+def check_device(device: str) -> None:
+    """Raise InputError for a device that is not there."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def encoders_for(args: argparse.Namespace):
@@ -72,16 +80,22 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
 
     Raises InputError, AdapterFileError or EncoderError before anything is generated.
     """
+    for name in ("images_per_prompt", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
+        raise InputError(f"--resolution must be a multiple of 8, got {args.resolution}.")
+    check_device(args.device)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise InputError(f"--output_dir {args.output_dir} is no folder.")
     state = PartialState(cpu=args.device == "cpu")
-    if args.images_per_prompt < 1:
-        raise InputError("--images_per_prompt must be at least 1.")
     real = [load_image(path) for path in find_images(args.subject_dir)]
     try:
         path = find_adapter_file(args.adapter)
-        header = read_header(path)
+        adapter = read_any_adapter(path, "unet")
     except OSError as error:
         raise InputError(str(error)) from None
-    class_name = args.class_name or header.info.class_name
+    class_name = args.class_name or adapter.info.class_name
     if not class_name:
         raise InputError("The adapter does not say what its subject is; say it with --class_name.")
     templates = read_templates(args.prompts, class_name) if args.prompts else toybox_templates()
@@ -93,6 +107,8 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     encoders = encoders_for(args)
     dtype = getattr(torch, args.dtype or ("float16" if args.device.startswith("cuda") else "float32"))
     pipe = load_pipeline(args.base, args.device, dtype)
+    pipe.load_s2ft_weights(path)  # now, to see whether it fits
+    pipe.unload_s2ft_weights()
     common = {"base": args.base, "dtype": str(dtype), **asdict(sampling)}
     own, base = args.output_dir / "adapter", args.output_dir / "base"
     if state.is_main_process:
@@ -107,13 +123,16 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     if not state.is_main_process:
         return {}
     made = {prompt: read_images(own, prompt.text, seeds) for prompt in prompts}
-    name = header.info.subject or path.stem
-    rows = {"real photos": score_real(encoders, real), name: score_images(encoders, real, made)}
+    name = adapter.info.subject or path.stem
+    rows = {
+        "real photos": score_real(encoders, real, made[prompts[0]][0].width),
+        name: score_images(encoders, real, made),
+    }
     before, after = ([image for prompt in away for image in read_images(f, prompt, seeds)] for f in (base, own))
     add_drift(rows[name], encoders, before, after)
     table = markdown(rows, encoders.names)
     facts = {
-        "adapter": str(args.adapter), "adapter_bytes": path.stat().st_size, "trainable": header.trainable,
+        "adapter": str(args.adapter), "adapter_bytes": path.stat().st_size, "trainable": adapter.trainable,
         "images": sum(map(len, made.values())), "encoders": encoders.names, "sampling": common,
         "rows": {key: scores.to_json() for key, scores in rows.items()},
         "prompts": {

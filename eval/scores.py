@@ -61,11 +61,12 @@ def score_images(
     )
 
 
-def score_real(encoders: Encoders, real: Sequence[Image.Image]) -> Scores:
-    """The RealImages row: the subject's photos among themselves."""
+def score_real(encoders: Encoders, real: Sequence[Image.Image], side: int | None = None) -> Scores:
+    """The RealImages row: the subject's photos among themselves; for LPIPS as squares of at most `side` pixels, such as
+    generated images have."""
     if len(real) < 2:
         return Scores()
-    side = min(min(image.size) for image in real)
+    side = min(side or real[0].width, *(min(image.size) for image in real))
     squares = [transforms.center_crop(transforms.resize(image, side), [side, side]) for image in real]
     return Scores(
         dino=metrics.mean_cosine_among(encoders.dino.images(real)),

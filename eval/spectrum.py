@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from s2ft_diffusion import read_adapter
+from s2ft_diffusion.adapter_file import Adapter
 from s2ft_diffusion.attention import TARGETS
 from s2ft_diffusion.config import S2FTConfig
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.prior import estimate_prior
-from s2ft_diffusion.sources import find_adapter_file
+from s2ft_diffusion.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.spectrum import delta_weight, index_spectrum
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 
@@ -69,14 +69,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--truth_steps must be at least {CHECK_EVERY}, got {args.truth_steps}.")
     _, subjects = find_subjects(args)
     n_frequency = args.n_frequency
-    adapter = read_adapter(find_adapter_file(args.adapter)) if args.adapter else None
+    adapter = None
+    if args.adapter:
+        try:
+            adapter = read_any_adapter(find_adapter_file(args.adapter), "unet")
+        except OSError as error:
+            raise InputError(str(error)) from None
     settings = {
         "base": args.base, "n_frequency": n_frequency, "targets": args.targets, "truth_steps": args.truth_steps,
         "batch": args.batch, "resolution": args.resolution, "token": args.token, "priors": PRIORS,
     }  # fmt: skip
     claim(args.output_dir, json.loads(json.dumps(settings)))
     reports = []
-    for number, subject in enumerate(subjects):
+    for subject in subjects:
         path = args.output_dir / f"{subject.name}.json"
         if path.exists():
             reports.append(json.loads(path.read_text(encoding="utf-8")))
@@ -86,14 +91,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.base, subject.photos, prompt, 0, n_frequency, args.targets, args.truth_steps, args.batch,
             args.resolution,
         )  # fmt: skip
+        if adapter is not None and subject == subjects[0]:
+            check_targets(adapter, plan)
         truth, losses = true_change(plan, args.output_dir / f"{subject.name}.safetensors", args.device)
         found = describe_subject(subject, truth, priors(plan, args.device), n_frequency)
         found["truth"] = losses
-        if adapter is not None and number == 0:
-            found["adapter"] = describe_adapter(adapter, truth)
         path.write_text(json.dumps(found), encoding="utf-8")
         reports.append(found)
     report = summarize(reports)
+    report["adapter"] = None
+    if adapter is not None:
+        report["adapter"] = describe_adapter(adapter, load_file(args.output_dir / f"{subjects[0].name}.safetensors"))
     command = shlex.join(["python", "-m", "eval", *sys.argv[1:]])
     report = {"command": command, "settings": settings, "subjects": [s.name for s in subjects], **report}
     (args.output_dir / "spectrum.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -205,7 +213,15 @@ def _describe_layer(
     }
 
 
-def describe_adapter(adapter: Any, truth: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def check_targets(adapter: Adapter, plan: Run) -> None:
+    """Raise InputError for an adapter of other layers than a run adapts."""
+    targets = Session(plan).targets
+    for name in adapter.layers.get("unet", {}):
+        if name not in targets:
+            raise InputError(f"The adapter adapts {name}, which is not among the adapted projections here.")
+
+
+def describe_adapter(adapter: Adapter, truth: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """What a trained adapter's positions reach of a true change, and how much its own change is like it."""
     reached, likeness = [], []
     for name, layer in adapter.layers.get("unet", {}).items():
@@ -251,7 +267,6 @@ def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": rows,
         "prior_cosine": cosines,
         "truth": {report["subject"]: report["truth"] for report in reports},
-        "adapter": next((report["adapter"] for report in reports if "adapter" in report), None),
         "layers": {report["subject"]: _layer_shares(report) for report in reports},
     }
 

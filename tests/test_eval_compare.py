@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -12,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
 pytest.importorskip("open_clip")
 
-from eval import ablation, cells, methods, spectrum
+from eval import ablation, cells, compare, methods, spectrum
 from eval.__main__ import main
 from eval.methods import LORA_NUMBERS, METHODS, Method, lora_rank, numbers, peft_config
-from eval.protocol import Subject, find_subjects
+from eval.plots import plot_tradeoff
+from eval.protocol import Subject, find_subjects, make_quick
 from eval.rates import STEP, best_rate, next_rate
 from eval.statistics import mean_and_error, paired_difference
 from eval.training import Run, Session, held_out_loss, peak_memory, train
@@ -93,6 +96,48 @@ def test_sizes_are_in_the_relation_that_is_compared(pipe) -> None:
     assert counts["lora"] < LORA_NUMBERS * ours * (1 + 1 / lora_rank(unet, targets, 0.02))
     for kind in ("fourierft", "waveft"):
         assert ours / counts[kind] == pytest.approx(0.8, rel=1e-3)
+
+
+def test_what_adapts_no_convolution_has_as_many_numbers_in_the_linear_layers(pipe) -> None:
+    unet = pipe.unet
+    targets = attention_targets(unet, "all")
+    ours = sum(numbers(0.002, unet.get_submodule(name)) for name in targets)
+    for kind, ratio in (("fourierft", 0.8), ("lora", 1 / LORA_NUMBERS)):
+        adapted = type(unet).from_config(unet.config)
+        adapted.requires_grad_(False)
+        adapted.add_adapter(peft_config(kind, adapted, targets, 0.002, 0))
+        count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert ours / count == pytest.approx(ratio, rel=0.15 if kind == "lora" else 5e-3)
+        found = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
+        convolutions = {name for name in found if isinstance(unet.get_submodule(name), torch.nn.Conv2d)}
+        assert bool(convolutions) == (kind == "lora")
+
+
+def test_there_is_always_another_rate_to_try() -> None:
+    tried: dict[float, float] = {}
+    for _ in range(15):
+        rate = next_rate(1e-2, tried)
+        assert rate not in tried
+        tried[rate] = abs(math.log(rate / 1e-2))
+    assert best_rate(tried) == 1e-2
+
+
+def test_a_method_whose_trainings_all_failed_is_not_plotted(tmp_path) -> None:
+    score = {"mean": 0.5, "stderr": 0.1}
+    rows = [
+        {"method": "lora", "title": "LoRA", "share": 0.01, "dino": score, "clip_t": score},
+        {"method": "fourierft", "title": "FourierFT", "share": None, "dino": None, "clip_t": None},
+    ]
+    plot_tradeoff({"rows": rows}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_quick_leaves_what_one_says() -> None:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    args = parser.parse_args(["--quick", "--subjects", "dash", "--seeds", "3"])
+    make_quick(args, compare.add_arguments, compare.QUICK)
+    assert (args.subjects, args.seeds, args.steps) == (["dash"], 3, 60)
 
 
 def test_a_method_knows_when_it_has_become_another() -> None:

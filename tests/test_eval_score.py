@@ -15,8 +15,9 @@ pytest.importorskip("open_clip")
 
 from eval.__main__ import main
 from eval.generation import image_path
-from eval.prompts import Prompt, read_templates
+from eval.prompts import Prompt, read_classes, read_templates
 from eval.scores import Scores, contact_sheet, markdown
+from s2ft_diffusion.adapter_file import read_adapter, write_adapter
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.toybox.subjects import write_photos
 
@@ -30,8 +31,16 @@ def test_the_unique_token_is_taken_out_for_clip() -> None:
     assert Prompt.fill("a photo of sks dog", "sks", "dog") == Prompt("a photo of sks dog", "a photo of dog")
 
 
+def test_names_and_classes_of_several_words(tmp_path) -> None:
+    path = tmp_path / "prompts_and_classes.txt"
+    path.write_text("\ufeff" + DISTRIBUTED.replace("dog,dog", "my-dog, dog\nold teapot,teapot"), encoding="utf-8")
+    assert read_classes(path) == {"my-dog": "dog", "old teapot": "teapot"}
+
+
 def test_plain_lists(tmp_path) -> None:
     path = tmp_path / "prompts.txt"
+    path.write_text("# mine\na {0}\n", encoding="utf-8-sig")
+    assert read_templates(path, "dog") == ["a {0}"]
     path.write_text("# mine\na {0} {1}\n\n  a {0} {1} on Mars \n")
     assert read_templates(path, "dog") == ["a {0} {1}", "a {0} {1} on Mars"]
     path.write_text("# nothing\n")
@@ -144,6 +153,9 @@ def test_two_processes_give_the_numbers_of_one(tmp_path) -> None:
         (["--subject_dir", "/no/such/folder"], "no such folder"),
         (["--prompts", "/no/such/prompts"], "cannot be read"),
         (["--images_per_prompt", "0"], "at least 1"),
+        (["--steps", "0"], "at least 1"),
+        (["--resolution", "65"], "multiple of 8"),
+        (["--device", "cuda:77"], "--device cuda:77"),
         (["--dino", "no-such/vit"], "--dino"),
         (["--base", "/no/such/base"], "cannot be loaded"),
     ],
@@ -154,6 +166,20 @@ def test_refuses_what_cannot_work(tmp_path, capsys, change, said, monkeypatch) -
     assert main([*arguments(tmp_path), *change, *encoders]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_prompts_of_any_script_have_images_of_their_own(tmp_path) -> None:
+    prompts = ["{0} {1} 在沙滩上", "{0} {1} 在雪地里", "Кот", "a " * 50 + "one", "a " * 50 + "other"]
+    assert len({image_path(tmp_path, prompt, 0) for prompt in prompts}) == len(prompts)
+
+
+def test_an_adapter_for_another_base_is_refused_before_an_image_is_made(tmp_path, capsys) -> None:
+    adapter = read_adapter(ADAPTER)
+    adapter.layers["unet"] = {f"elsewhere.{name}": layer for name, layer in adapter.layers["unet"].items()}
+    write_adapter(tmp_path / "other.safetensors", adapter)
+    assert main([*arguments(tmp_path), "--adapter", str(tmp_path / "other.safetensors")]) == 2
+    assert "no linear layer or convolution there" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_a_table_without_a_number_shows_a_dash() -> None:
