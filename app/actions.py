@@ -19,6 +19,7 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
+from filelock import BaseFileLock
 from PIL import Image
 
 from . import compare, inspection, limits
@@ -27,6 +28,7 @@ from .history import History, load_png, settings_of
 from .library import Entry, Library, plain
 from .limits import RequestError
 from .training import UNFINISHED, TrainingQueue
+from .words import escaped, shown
 
 logger = logging.getLogger("app")
 NONE = ""  # the id of no adapter
@@ -71,19 +73,24 @@ class App:
     library: Library
     history: History
     trainings: TrainingQueue | None = None
+    lock: BaseFileLock | None = None  # on the folder of outputs; let go when the app is closed
 
     def __post_init__(self) -> None:
-        self._cancels: dict[str, threading.Event] = {}
+        self._cancels: dict[str, set[threading.Event]] = {}
+        self._copies: dict[tuple[str, int, float], str] = {}
         self._downloads = Path(tempfile.mkdtemp(prefix="s2ft-app-"))
 
     def close(self) -> None:
         """Stop what is under way, and leave no temporary files."""
-        for event in list(self._cancels.values()):
-            event.set()
+        for events in list(self._cancels.values()):
+            for event in list(events):
+                event.set()
         self.engine.threads.shutdown()
         if self.trainings is not None:
             self.trainings.close()
         shutil.rmtree(self._downloads, ignore_errors=True)
+        if self.lock is not None:
+            self.lock.release()
 
     # Library
 
@@ -134,9 +141,11 @@ class App:
             adapter: its id.
         """
         entry = self.library.get(adapter)
-        folder = Path(tempfile.mkdtemp(dir=self._downloads))
-        safe = "".join(c if c.isalnum() else "-" for c in entry.name).strip("-") or "adapter"
-        return str(shutil.copyfile(entry.path, folder / f"{safe}.safetensors"))
+        if entry.state not in self._copies:
+            folder = Path(tempfile.mkdtemp(dir=self._downloads))
+            safe = "".join(c if c.isalnum() else "-" for c in entry.name).strip("-")[:60] or "adapter"
+            self._copies[entry.state] = str(shutil.copyfile(entry.path, folder / f"{safe}.safetensors"))
+        return self._copies[entry.state]
 
     # Generate
 
@@ -216,7 +225,7 @@ class App:
         events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         cancel = threading.Event()
         session = request.session_hash or secrets.token_hex(8)
-        self._cancels[session] = cancel
+        self._cancels.setdefault(session, set()).add(cancel)
         shown = 0.0
 
         def on_step(done: int, total: int, preview: Callable[[], Image.Image]) -> None:
@@ -251,16 +260,16 @@ class App:
                     raise value
         finally:
             cancel.set()
-            if self._cancels.get(session) is cancel:
+            self._cancels[session].discard(cancel)
+            if not self._cancels[session]:
                 del self._cancels[session]
 
     def cancel(self, request: gr.Request) -> str:
-        """Stop the generation of this session; images that are finished stay."""
-        event = self._cancels.get(request.session_hash or "")
-        if event is None:
-            return "nothing to cancel"
-        event.set()
-        return "cancelled"
+        """Stop what this session is generating or comparing; images that are finished stay."""
+        events = list(self._cancels.get(request.session_hash or "", ()))
+        for event in events:
+            event.set()
+        return "cancelled" if events else "nothing to cancel"
 
     # History
 
@@ -300,7 +309,7 @@ class App:
         scheduler: str,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Image.Image:
+    ) -> Iterator[Any]:
         """The same seeds side by side: the base, each adapter at each strength, and both together.
 
         Args:
@@ -333,8 +342,10 @@ class App:
 
         for done, total, _, image in self._watched(work, request):
             if image is not None:
-                return image
+                yield image
+                return
             progress((done, total), desc="denoising", unit="steps")
+            yield gr.skip()  # here a closed page ends it
         raise RequestError("Cancelled.")
 
     # Train
@@ -351,6 +362,7 @@ class App:
             steps: optimizer steps, 10 to 5000.
             n_frequency: trainable numbers a layer.
         """
+        self.library.check_room()  # better now than after the training
         job = self._trainings.submit(
             [Path(photo) for photo in photos or []], subject, class_name, steps, n_frequency, _user(request)
         )
@@ -459,9 +471,9 @@ def _caption(entry: Entry) -> str:
 def _details(entry: Entry) -> str:
     """The header of an adapter as Markdown."""
     if entry.reason:
-        return f"### {entry.name}\n\nCannot be used: {entry.reason}"
+        return f"### {escaped(entry.name)}\n\nCannot be used: {escaped(entry.reason)}"
     facts = {
-        "prompt": f"`{entry.info.instance_prompt}`" if entry.info.instance_prompt else None,
+        "prompt": entry.info.instance_prompt,
         "class": entry.info.class_name,
         "base": entry.info.base_model,
         "trained": entry.info.date,
@@ -469,19 +481,19 @@ def _details(entry: Entry) -> str:
         "trainable numbers": f"{entry.trainable:,}",
         "steps": entry.info.training.get("steps"),
     }
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
-    return f"### {entry.name}\n\n| | |\n| --- | --- |\n{rows}"
+    rows = "\n".join(f"| {key} | {escaped(shown(str(value)))} |" for key, value in facts.items() if value is not None)
+    return f"### {escaped(entry.name)}\n\n| | |\n| --- | --- |\n{rows}"
 
 
 def _training_words(status: dict[str, Any]) -> str:
     if status["state"] == "none":
         return "No training yet."
-    lines = [f"### {status['subject']}: {status['state']}"]
+    lines = [f"### {escaped(status['subject'])}: {status['state']}"]
     if status["state"] == "waiting" and status["before"]:
         lines.append(f"{status['before']} before it.")
     if status["state"] == "failed":
-        lines.append(status["message"])
-    lines += [f"* **{phase}**: {plain(summary)}" for phase, summary in status["phases"]]
+        lines.append(escaped(status["message"]))
+    lines += [f"* **{phase}**: {escaped(plain(summary))}" for phase, summary in status["phases"]]
     if status["phase"]:
         done = f" step {status['losses'][-1][0]} of {status['steps']}" if status["losses"] else ""
         lines.append(f"* **{status['phase']}** …{done if status['phase'] == 'train' else ''}")

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .engine import Engine, Listener, Settings
 from .library import Library
+from .words import drawable
 
 TILE = 256
 MARGIN = 8
@@ -19,7 +20,8 @@ def variants(settings: Settings, library: Library, strengths: Sequence[float]) -
     """Labels and settings of a comparison's columns: the base, each adapter at each strength, and both as they are."""
     columns = [("base", replace(settings, adapters=()))]
     for adapter, strength in settings.adapters:
-        name = library.get(adapter).name
+        entry = library.get(adapter)
+        name = entry.name if drawable(entry.name) else f"adapter {entry.id[:4]}"
         for value in strengths or [strength]:
             columns.append((f"{name} {value:g}", replace(settings, adapters=((adapter, value),))))
     if len(settings.adapters) > 1:

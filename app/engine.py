@@ -70,7 +70,7 @@ class Settings:
                 adapters.append((str(adapter), limits.number("The strength", strength, limits.STRENGTH)))
         if len({adapter for adapter, _ in adapters}) < len(adapters):
             raise RequestError("The two adapters are the same one; choose another, or one alone.")
-        if values.get("scheduler") not in SCHEDULERS:
+        if values.get("scheduler") not in [*SCHEDULERS]:  # a list: what was sent may be of any type
             raise RequestError(f"The scheduler must be one of {', '.join(SCHEDULERS)}.")
         return cls(
             prompt=limits.text("The prompt", values.get("prompt"), limits.PROMPT_LENGTH),

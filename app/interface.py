@@ -267,9 +267,13 @@ class Page:
         shown = [report, curve, samples, timer, stop]
         show = polite(self.app.show_training)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
-        go.click(polite(self.app.train), [photos, subject, kind, steps, numbers], status, api_name="train").success(
-            show, latest, shown, **quiet
-        )
+        go.click(
+            polite(self.app.train),
+            [photos, subject, kind, steps, numbers],
+            status,
+            api_name="train",
+            concurrency_limit=1,
+        ).success(show, latest, shown, **quiet)
         stop.click(
             polite(self.app.cancel_training), latest, status, api_name="stop", api_visibility="private", queue=False
         ).success(show, latest, shown, **quiet)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
@@ -24,11 +27,13 @@ from s2ft_diffusion.adapter_file import AdapterFileError, AdapterInfo, read_adap
 from s2ft_diffusion.attach import check_fits, check_shapes
 from s2ft_diffusion.sources import find_adapter_file
 
-from .limits import RequestError
+from .limits import PROMPT_LENGTH, RequestError
+from .words import drawable, folded, shown
 
 TILE = 192
 MAX_FILES = 2000  # looked at in one folder
 MAX_OWN = 500  # uploads and trainings together
+HUB_ASKED_AGAIN = 600.0  # seconds after which an adapter that could not be fetched is asked for again
 SORTS = ("newest", "name", "smallest", "fewest numbers")
 
 
@@ -63,7 +68,9 @@ class Entry:
         if image is None:
             image = Image.new("RGB", (TILE, TILE), _tint(self.id))
             font = ImageFont.load_default(TILE // 2)
-            ImageDraw.Draw(image).text((TILE / 2, TILE / 2), self.name[:1].upper(), "white", font, anchor="mm")
+            letters = (name[:1].upper() for name in (self.name, self.info.class_name or ""))
+            letter = next(filter(drawable, letters), "")
+            ImageDraw.Draw(image).text((TILE / 2, TILE / 2), letter, "white", font, anchor="mm")
         if self.reason:
             grey = ImageOps.grayscale(image).convert("RGB")
             image = Image.blend(grey, Image.new("RGB", image.size, "white"), 0.55)
@@ -96,12 +103,15 @@ class Library:
     def __init__(self, sources: Sequence[str], folder: Path, components: Mapping[str, nn.Module]) -> None:
         self.sources, self.folder, self.components = list(sources), folder, components
         self._entries: dict[str, Entry] = {}
+        self._on_hub: dict[str, tuple[Path | None, float]] = {}  # where a hub's file is, and when that was asked
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self.refresh()
 
     def refresh(self) -> None:
         """Look again; files that have not changed are not read again."""
+        for source in self.sources:
+            self._ask_hub(source)  # not under the lock: it may take long
         with self._lock:
             known = {entry.state: entry for entry in self._entries.values()}
             entries: dict[str, Entry] = {}
@@ -121,16 +131,23 @@ class Library:
             elif path.is_file():
                 found.append((path.stem, path, None))
             else:
-                try:
-                    found.append((source, find_adapter_file(source), None))
-                except (AdapterFileError, OSError, HfHubHTTPError):
-                    found.append(
-                        (source, path, "neither a file nor a folder here, nor a repository that can be reached")
-                    )
+                file, _ = self._on_hub.get(source, (None, 0.0))
+                reason = None if file else "neither a file nor a folder here, nor a repository that can be reached"
+                found.append((source, file or path, reason))
         return found
 
+    def _ask_hub(self, source: str) -> None:
+        """Fetch an adapter that is no file or folder here: once, and now and then again while that fails."""
+        file, asked = self._on_hub.get(source, (None, -math.inf))
+        if Path(source).exists() or file or time.monotonic() - asked < HUB_ASKED_AGAIN:
+            return
+        self._on_hub[source] = (None, time.monotonic())
+        with suppress(AdapterFileError, OSError, HfHubHTTPError):
+            self._on_hub[source] = (find_adapter_file(source), time.monotonic())
+
     def _entry(self, label: str, path: Path, reason: str | None, known: dict[tuple, Entry]) -> Entry:
-        name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:12]
+        name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:12]
+        label = shown(label)
         if reason:
             return Entry(name, label, path, reason=reason)
         try:
@@ -149,8 +166,15 @@ class Library:
             check_shapes(header.shapes, self.components, path.name, header.info.base_model)
         except AdapterFileError as error:
             reason = plain(str(error), path)
-        title = header.info.subject or label
-        return Entry(**facts, name=title, info=header.info, trainable=header.trainable, reason=reason)
+        info = replace(
+            header.info,
+            subject=shown(header.info.subject),
+            instance_prompt=shown(header.info.instance_prompt, PROMPT_LENGTH),
+            class_name=shown(header.info.class_name),
+            base_model=shown(header.info.base_model),
+            date=shown(header.info.date),
+        )
+        return Entry(**facts, name=info.subject or label, info=info, trainable=header.trainable, reason=reason)
 
     # What clients may do
 
@@ -167,16 +191,16 @@ class Library:
         """The adapters in whose header all the words occur, sorted; those that cannot be used come last."""
         keys = {
             "newest": lambda e: -e.modified,
-            "name": lambda e: e.name.lower(),
+            "name": lambda e: folded(e.name),
             "smallest": lambda e: e.bytes,
             "fewest numbers": lambda e: e.trainable,
         }
         if sort not in keys:
             raise RequestError(f"sort must be one of {', '.join(SORTS)}.")
-        wanted = words.lower().split()
+        wanted = folded(words).split()
 
         def matches(entry: Entry) -> bool:
-            text = f"{entry.name} {entry.info.subject} {entry.info.instance_prompt} {entry.info.base_model}".lower()
+            text = folded(f"{entry.name} {entry.info.subject} {entry.info.instance_prompt} {entry.info.base_model}")
             return all(word in text for word in wanted)
 
         return sorted(filter(matches, self._entries.values()), key=lambda e: (e.reason is not None, keys[sort](e)))
@@ -187,13 +211,17 @@ class Library:
         names = [entry.name for entry in usable]
         return [(e.name if names.count(e.name) == 1 else f"{e.name} ({e.id[:4]})", e.id) for e in usable]
 
+    def check_room(self) -> None:
+        """Raise RequestError where there are too many adapters already."""
+        if len(list(self.folder.glob("*.safetensors"))) >= MAX_OWN:
+            raise RequestError("The library is full; ask whoever runs this app to make room.")
+
     def add(self, path: Path) -> Entry:
         """Copy a file in under a name of our own, if it passes the strict reader and fits the base.
 
         Raises RequestError otherwise, and where there are too many already; keeps nothing then.
         """
-        if len(list(self.folder.glob("*.safetensors"))) >= MAX_OWN:
-            raise RequestError("The library is full; ask whoever runs this app to make room.")
+        self.check_room()
         try:
             check_fits(read_adapter(path), self.components, "the file")
         except AdapterFileError as error:

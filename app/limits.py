@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import Any
 
 PROMPT_LENGTH = 1000
@@ -16,6 +17,8 @@ PHOTO_PIXELS = 50_000_000
 TRAIN_STEPS = (10, 5000)
 TRAIN_NUMBERS = (100, 100_000)
 WORDS_LENGTH = 60
+USER_TRAININGS = 3  # unfinished, of one user
+TRAININGS = 20  # unfinished, of all
 
 
 class RequestError(ValueError):
@@ -23,12 +26,17 @@ class RequestError(ValueError):
 
 
 def text(name: str, value: Any, limit: int, *, required: bool = False) -> str:
-    """A string of at most `limit` characters, without control characters."""
+    """A string of at most `limit` characters, without control characters; letters in their composed form (NFC)."""
     value = "" if value is None else value
     if not isinstance(value, str):
         raise RequestError(f"{name} must be text.")
     if len(value) > limit:
         raise RequestError(f"{name} has {len(value):,} characters; at most {limit:,} are taken.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} has characters in it that are none.") from None
+    value = unicodedata.normalize("NFC", value)
     if any(ord(c) < 32 and c not in "\n\t" for c in value):
         raise RequestError(f"{name} has control characters in it.")
     if required and not value.strip():

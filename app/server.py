@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import gradio as gr
+from filelock import FileLock, Timeout
 
 from .actions import App
 from .arguments import ROOT
@@ -28,6 +29,12 @@ MADE_BY_DEMO = ROOT / "outputs" / "demo" / "adapter"
 def build(args: argparse.Namespace) -> tuple[gr.Blocks, App]:
     """Load the base, look for adapters, build the page; raises OSError for a base that cannot be loaded."""
     outputs = args.outputs.resolve()
+    outputs.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(outputs / "app.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"another app is using {outputs}; choose another --outputs.") from None
     engine = Engine(args.base, device=args.device, dtype=args.dtype, pipelines=args.concurrency)
     sources = list(args.adapters)
     if not sources and args.base == "toybox":
@@ -38,7 +45,7 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, App]:
         trainings = TrainingQueue(
             outputs / "trainings", args.base, lambda path: library.add(path).id, device=args.device
         )
-    app = App(engine, library, History(outputs / "history"), trainings)
+    app = App(engine, library, History(outputs / "history"), trainings, lock)
     blocks = Page(app, concurrency=args.concurrency).build()
     blocks.queue(max_size=args.max_queue, default_concurrency_limit=8)
     # Gradio looks for waiting events a thousand times a second (on Windows: twenty times). On a CPU each look takes a

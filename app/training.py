@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -21,9 +22,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from PIL import Image
 
 from s2ft_diffusion.adapter_file import WEIGHTS_NAME
+from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import load_image
 from s2ft_diffusion.dreambooth.phases import PROGRESS_NAME
@@ -32,14 +35,21 @@ from . import limits
 from .library import plain
 from .limits import RequestError
 
+logger = logging.getLogger("app")
 TRAINER = Path(__file__).resolve().parents[1] / "train_dreambooth_s2ft.py"
 UNFINISHED = ("waiting", "running")
+INTERRUPTED = 130  # the trainer's exit code after Ctrl-C
+MAX_STARTS = 3
+REPORT_NAME = "training.json"  # the last thing that the trainer writes
 PATIENCE = 20.0  # seconds between asking the trainer to stop and stopping it
 
 
 @dataclass
 class Job:
-    """One training: what was asked for, and how it stands ("waiting", "running", "done", "failed", "cancelled")."""
+    """One training: what was asked for, and how it stands ("waiting", "running", "done", "failed", "cancelled").
+
+    `starts` counts how often it was begun: an app that was stopped goes on with it when it is started again.
+    """
 
     id: str
     subject: str
@@ -50,6 +60,8 @@ class Job:
     state: str = "waiting"
     message: str = ""
     adapter: str | None = None
+    starts: int = 0
+    process: int | None = None
 
 
 @dataclass
@@ -75,13 +87,13 @@ def store_photos(paths: Sequence[Path], folder: Path) -> int:
                 if image.width * image.height > limits.PHOTO_PIXELS:
                     raise RequestError(f"Photo {number} has more than {limits.PHOTO_PIXELS // 10**6} million pixels.")
             images.append(load_image(path))
+            images[-1].thumbnail((2048, 2048))  # at once: decoded, twenty of them would fill the memory
         except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             if isinstance(error, RequestError):
                 raise
             raise RequestError(f"Photo {number} is not an image that can be read.") from None
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
-        image.thumbnail((2048, 2048))
         image.save(folder / f"{number:02d}.png")
     return len(images)
 
@@ -113,7 +125,10 @@ class TrainingQueue:
             n_frequency=limits.whole("The numbers a layer", n_frequency, limits.TRAIN_NUMBERS),
             user=user,
         )
-        store_photos(photos, self.folder / name / "photos" / _words(job.subject))
+        unfinished = [other.user for other in list(self.jobs.values()) if other.state in UNFINISHED]
+        if len(unfinished) >= limits.TRAININGS or (user and unfinished.count(user) >= limits.USER_TRAININGS):
+            raise RequestError("There are too many trainings waiting already; try again when one has ended.")
+        store_photos(photos, self.folder / name / "photos")
         with self._wake:
             self._save(job)
             self.jobs[name] = job
@@ -171,7 +186,7 @@ class TrainingQueue:
         return found
 
     def close(self) -> None:
-        """Stop what is running; it can be seen in its folder that it did not finish."""
+        """Stop what is running, with a checkpoint; it goes on when there is an app on this folder again."""
         with self._wake:
             self._closed = True
             if self._child:
@@ -190,22 +205,29 @@ class TrainingQueue:
                     self._wake.wait()
                     continue
                 job = waiting[0]
-                self._set(job, state="running")
             try:
+                self._set(job, state="running", starts=job.starts + 1)
                 self._run(job)
             except Exception as error:  # whatever it is, the next job shall run
-                self._end(job, "failed", f"the training could not be run ({type(error).__name__})")
+                logger.exception("training %s failed", job.id)
+                reason = str(error) if isinstance(error, RequestError) else type(error).__name__
+                try:
+                    self._end(job, "failed", f"the training could not be run ({reason})")
+                except OSError:  # its folder is gone, or the disk is full
+                    job.state, job.message = "failed", "the training could not be run, nor its state be written"
 
     def _run(self, job: Job) -> None:
         folder = self.folder / job.id
-        photos = folder / "photos" / _words(job.subject)
+        photos, output = folder / "photos", folder / "out"
+        begun = ("--resume_from_checkpoint", "latest") if list_checkpoints(output) else ("--overwrite_output_dir",)
         prompt = f"a photo of sks {job.class_name}"
         command = [
             sys.executable, str(TRAINER),
             "--pretrained_model_name_or_path", self.base,
             "--instance_dir", str(photos),
+            f"--subject={job.subject}",  # it may begin with a dash
             "--instance_prompt", prompt,
-            "--output_dir", str(folder / "out"), "--overwrite_output_dir",
+            "--output_dir", str(output), *begun,
             "--max_train_steps", str(job.steps),
             "--n_frequency", str(job.n_frequency),
             "--validation_prompt", prompt, "--num_validation_images", "2",
@@ -218,15 +240,21 @@ class TrainingQueue:
             # The app generates meanwhile: two programs with a thread on every core would stall each other.
             threads = max(1, (os.cpu_count() or 2) // 2)
             environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+        elif self.device.startswith("cuda:"):
+            environment["CUDA_VISIBLE_DEVICES"] = self.device.removeprefix("cuda:")
         with (folder / "log.txt").open("w") as log:
             child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             with self._wake:
                 self._child = (job.id, child)
+                if job.state == "running":
+                    self._set(job, process=child.pid)
                 if job.state == "cancelled" or self._closed:
                     _stop(child)
             code = child.wait()
             with self._wake:
                 self._child = None
+                if code == INTERRUPTED:  # Ctrl-C in a terminal reaches both: the app is about to close
+                    self._wake.wait_for(lambda: self._closed or job.state == "cancelled", timeout=2.0)
         if job.state == "cancelled" or self._closed:
             return
         result = folder / "out" / WEIGHTS_NAME
@@ -261,14 +289,43 @@ class TrainingQueue:
                 job = Job(**json.loads(path.read_text()))
             except (TypeError, ValueError):
                 continue
-            if job.state in UNFINISHED:
-                self._set(job, state="failed", message="the app was stopped before it was done")
             self.jobs[job.id] = job
+            if job.state == "running":
+                self._take_up(job)
+
+    def _take_up(self, job: Job) -> None:
+        """A job that an app before this one was at: done meanwhile, or to go on from its checkpoint."""
+        output = self.folder / job.id / "out"
+        _stop_orphan(job.process, output)
+        if (output / WEIGHTS_NAME).is_file() and (output / REPORT_NAME).is_file():
+            try:
+                self._set(job, state="done", adapter=self.finished(output / WEIGHTS_NAME), process=None)
+            except RequestError as error:
+                self._set(job, state="failed", message=str(error), process=None)
+        elif job.starts >= MAX_STARTS:
+            self._set(
+                job, state="failed", message="the app was stopped again and again before it was done", process=None
+            )
+        else:
+            self._set(job, state="waiting", process=None)
 
 
-def _words(subject: str) -> str:
-    """A folder name of ours that the trainer turns into the subject's words again."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", subject).strip("-") or "subject"
+def _stop_orphan(process: int | None, output: Path) -> None:
+    """Stop a trainer whose app was killed: there must not be two at one folder."""
+    if process is None:
+        return
+    try:
+        trainer = psutil.Process(process)
+        if str(output) not in trainer.cmdline():
+            return  # another process has the number now
+        trainer.send_signal(signal.SIGINT)
+        try:
+            trainer.wait(PATIENCE)
+        except psutil.TimeoutExpired:
+            trainer.kill()
+            trainer.wait(PATIENCE)
+    except psutil.Error:
+        return
 
 
 def _stop(child: subprocess.Popen) -> None:

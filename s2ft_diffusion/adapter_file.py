@@ -84,6 +84,8 @@ class AdapterInfo:
         for name, value in known.items():
             if not isinstance(value, dict if name == "training" else str):
                 raise TypeError(f"info.{name} is a {type(value).__name__}")
+            if isinstance(value, str):
+                value.encode()  # half a surrogate pair, which JSON can hold, is no text
         if "thumbnail" in known:
             known["thumbnail"] = base64.b64decode(known["thumbnail"], validate=True)
         return cls(**known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ def until(condition, seconds: float = 120.0) -> None:
 
 
 def submit(queue: TrainingQueue, photos: Path, **values) -> Job:
-    asked = {"subject": "My dog!", "class_name": "dog", "steps": 12, "n_frequency": 100, "user": None, **values}
+    asked = {"subject": "My dog! 柴犬", "class_name": "dog", "steps": 12, "n_frequency": 100, "user": None, **values}
     return queue.submit(sorted(photos.glob("*.png")), **asked)
 
 
@@ -53,7 +54,8 @@ def test_a_training_ends_in_the_library(queue, photos, library) -> None:
     until(lambda: job.state not in UNFINISHED)
     assert (job.state, job.message) == ("done", "")
     entry = library.get(job.adapter)
-    assert entry.name == "My dog"
+    assert entry.name == "My dog! 柴犬"
+    assert library.search("MY DOG! 柴")[0].id == entry.id
     assert entry.info.instance_prompt == "a photo of sks dog"
     assert entry.info.thumbnail
     assert entry.trainable == 28 * 100
@@ -112,21 +114,69 @@ def test_a_crash_is_reported_and_the_next_one_runs(queue, photos) -> None:
     assert str(queue.folder) not in refused.message
 
 
-def test_a_restart_says_what_it_interrupted(queue, photos) -> None:
-    job = submit(queue, photos, steps=5000)
-    until(lambda: len(queue.progress(job).losses) > 0)
+def test_a_restart_goes_on_with_what_it_interrupted(queue, photos, library) -> None:
+    job = submit(queue, photos, steps=60)
+    waiting = submit(queue, photos)
+    until(lambda: len(queue.progress(job).losses) > 3)
     queue.close()
     until(lambda: queue._child is None)
-    again = TrainingQueue(queue.folder, "toybox", lambda path: "")
-    assert again.jobs[job.id].state == "failed"
-    assert "stopped before" in again.jobs[job.id].message
+    assert len(queue.progress(job).losses) < 60
+    again = TrainingQueue(queue.folder, "toybox", lambda path: library.add(path).id)
+    job, waiting = again.jobs[job.id], again.jobs[waiting.id]
+    until(lambda: job.state not in UNFINISHED)
+    assert (job.state, job.starts) == ("done", 2)
+    assert "Resuming from" in (queue.folder / job.id / "log.txt").read_text()
+    assert library.get(job.adapter).info.training["steps"] == 60
+    until(lambda: waiting.state not in UNFINISHED)
+    assert waiting.state == "done"
     again.close()
+
+
+def test_a_trainer_whose_app_was_killed_is_stopped(queue, photos, library) -> None:
+    job = submit(queue, photos, steps=5000)
+    until(lambda: len(queue.progress(job).losses) > 3)
+    trainer = queue._child[1]
+    queue._closed = True  # from now on it stands for an app that is no more
+    again = TrainingQueue(queue.folder, "toybox", lambda path: library.add(path).id)
+    assert trainer.poll() is not None
+    assert again.jobs[job.id].state in UNFINISHED
+    again.cancel(again.jobs[job.id])
+    again.close()
+
+
+def test_what_was_done_while_there_was_no_app_is_taken_in(queue, photos, library) -> None:
+    job = submit(queue, photos)
+    until(lambda: job.state == "done")
+    queue.close()
+    path = queue.folder / job.id / "job.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "state": "running", "adapter": None}))
+    again = TrainingQueue(queue.folder, "toybox", lambda path: library.add(path).id)
+    assert again.jobs[job.id].state == "done"
+    assert library.get(again.jobs[job.id].adapter).name == "My dog! 柴犬"
+    again.close()
+
+
+def test_a_job_whose_folder_is_gone_does_not_stop_the_others(queue, photos) -> None:
+    first, lost, last = submit(queue, photos), submit(queue, photos), submit(queue, photos)
+    shutil.rmtree(queue.folder / lost.id)
+    until(lambda: last.state not in UNFINISHED)
+    assert [job.state for job in (first, lost, last)] == ["done", "failed", "done"]
+
+
+def test_nobody_fills_the_queue(queue, photos) -> None:
+    for _ in range(3):
+        submit(queue, photos, steps=5000, user="ann")
+    with pytest.raises(RequestError, match="too many trainings"):
+        submit(queue, photos, user="ann")
+    for job in list(queue.jobs.values()):
+        queue.cancel(job)
 
 
 @pytest.mark.parametrize(
     ("values", "match"),
     [
         ({"subject": " "}, "must not be empty"),
+        ({"subject": "a\ud800b"}, "characters in it that are none"),
         ({"class_name": "x" * 61}, "at most 60"),
         ({"steps": 5}, "steps must be from"),
         ({"steps": 10**9}, "steps must be from"),
