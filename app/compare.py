@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .engine import Engine, Listener, Settings
 from .library import Library
-from .words import drawable
+from .words import drawn
 
 TILE = 256
 MARGIN = 8
@@ -21,7 +21,7 @@ def variants(settings: Settings, library: Library, strengths: Sequence[float]) -
     columns = [("base", replace(settings, adapters=()))]
     for adapter, strength in settings.adapters:
         entry = library.get(adapter)
-        name = entry.name if drawable(entry.name) else f"adapter {entry.id[:4]}"
+        name = drawn(entry.name) or f"adapter {entry.id[:4]}"
         for value in strengths or [strength]:
             columns.append((f"{name} {value:g}", replace(settings, adapters=((adapter, value),))))
     if len(settings.adapters) > 1:

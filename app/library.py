@@ -28,7 +28,7 @@ from s2ft_diffusion.attach import check_fits, check_shapes
 from s2ft_diffusion.sources import find_adapter_file
 
 from .limits import PROMPT_LENGTH, RequestError
-from .words import drawable, folded, shown
+from .words import drawn, folded, shown
 
 TILE = 192
 MAX_FILES = 2000  # looked at in one folder
@@ -68,8 +68,7 @@ class Entry:
         if image is None:
             image = Image.new("RGB", (TILE, TILE), _tint(self.id))
             font = ImageFont.load_default(TILE // 2)
-            letters = (name[:1].upper() for name in (self.name, self.info.class_name or ""))
-            letter = next(filter(drawable, letters), "")
+            letter = (drawn(self.name[:1]) or drawn((self.info.class_name or "")[:1])).upper()
             ImageDraw.Draw(image).text((TILE / 2, TILE / 2), letter, "white", font, anchor="mm")
         if self.reason:
             grey = ImageOps.grayscale(image).convert("RGB")

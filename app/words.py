@@ -30,9 +30,11 @@ def escaped(text: object) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~&$])", r"\\\1", str(text))
 
 
-def drawable(text: str) -> bool:
-    """Whether the font that pictures are labelled in has all the letters."""
-    return all(_glyph(letter) != _glyph("\uffff") for letter in text if not letter.isspace())
+def drawn(text: str) -> str:
+    """Text in letters that the font of pictures has, accents left out; "" where it has none for some of it."""
+    text = unicodedata.normalize("NFKD", text.replace("ß", "ss"))
+    text = "".join(letter for letter in text if not unicodedata.combining(letter))
+    return text if all(_glyph(letter) != _glyph("\uffff") for letter in text if not letter.isspace()) else ""
 
 
 @cache

@@ -136,10 +136,17 @@ def test_cancel(client) -> None:
     assert client.predict(prompt="x", **QUICK, api_name="/generate")[2] == "done"
 
 
-def test_closing_the_page_frees_the_pipelines(served) -> None:
+LONG = {
+    "/generate": {"prompt": "x", "steps": 100, "images": 8},
+    "/compare": {"prompt": "x", "steps": 100, "seeds": 4, "strengths": "0.5, 1, 1.5"},
+}
+
+
+@pytest.mark.parametrize("endpoint", LONG)
+def test_closing_the_page_frees_the_pipelines(served, named, endpoint) -> None:
     for _ in range(3):  # more than there are pipelines
         client = Client(served[0], verbose=False)
-        job = client.submit(prompt="x", steps=100, images=8, api_name="/generate")
+        job = client.submit(**LONG[endpoint], adapter=named["cat"], api_name=endpoint)
         while not job.outputs():
             time.sleep(0.05)
         job.cancel()

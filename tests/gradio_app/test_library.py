@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from app.actions import _details
 from app.library import Library, plain
 from app.limits import RequestError
+from app.words import drawn
 from s2ft_diffusion.adapter_file import read_adapter, write_adapter
 
 
@@ -34,6 +39,64 @@ def test_headers_alone(library, adapters, monkeypatch) -> None:
     monkeypatch.setattr("app.library.read_header", lambda path: opened.append(path))
     library.refresh()
     assert opened == []  # unchanged files are not read again
+
+
+HOSTILE = {
+    "half a surrogate": "bad\ud800name",
+    "long": "A" * 100_000,
+    "Markdown": "x ![p](https://example.org/p.png) [click](https://example.org) <b>|",
+    "lines": "one\ntwo\0three",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+def test_words_of_strangers_harm_no_page(name, adapters, engine, tmp_path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    with safe_open(adapters / "cat.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        header = json.loads(file.metadata()["s2ft"])
+    header["info"]["subject"] = header["info"]["base_model"] = name
+    save_file(tensors, folder / "cat.safetensors", metadata={"s2ft": json.dumps(header)})
+    library = Library([str(folder)], tmp_path / "own", engine.components)
+    (entry,) = library.search()
+    shown = json.dumps([entry.summary(), library.choices(), _details(entry)], ensure_ascii=False)
+    shown.encode()  # as a page is sent
+    assert len(shown) < 3000
+    assert "](" not in _details(entry)
+    assert "\\u0000" not in shown
+    entry.picture()
+
+
+def test_every_spelling_and_script_is_found_and_drawn(adapters, engine, tmp_path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    adapter = read_adapter(adapters / "cat.safetensors")
+    for number, subject in enumerate(("Mu\u0308ßli", "柴犬")):  # an umlaut as a Mac types it in a file's name
+        adapter.info.subject, adapter.info.class_name, adapter.info.thumbnail = subject, "dog", None
+        write_adapter(folder / f"{number}.safetensors", adapter)
+    library = Library([str(folder)], tmp_path / "own", engine.components)
+    assert [entry.name for entry in library.search("MÜSSLI")] == ["Müßli"]
+    (shiba,) = library.search("柴")
+    assert len(shiba.picture().getcolors()) > 1  # its class's initial
+    assert (drawn("Müßli"), drawn("柴犬")) == ("Mussli", "")
+
+
+def test_the_hub_is_asked_once(engine, tmp_path, monkeypatch, adapters) -> None:
+    asked = []
+
+    def find(source: str) -> Path:
+        asked.append(source)
+        if source == "someone/none":
+            raise OSError("not there")
+        return adapters / "cat.safetensors"
+
+    monkeypatch.setattr("app.library.find_adapter_file", find)
+    library = Library(["someone/cat", "someone/none"], tmp_path / "own", engine.components)
+    for _ in range(3):
+        library.refresh()
+    assert asked == ["someone/cat", "someone/none"]
+    assert [entry.reason is None for entry in library.search()] == [True, False]
 
 
 def test_search_and_sort(library) -> None:
@@ -71,7 +134,7 @@ def test_what_cannot_be_used_is_shown_with_the_reason(adapters, engine, tmp_path
     assert reasons.pop("cat.safetensors") is None
     assert "not a complete safetensors file" in reasons["truncated.safetensors"]
     assert "not an S2FT adapter" in reasons["lora.safetensors"]
-    assert "no linear layer there" in reasons["elsewhere.safetensors"]
+    assert "no linear layer or convolution there" in reasons["elsewhere.safetensors"]
     assert set(reasons) == {
         "truncated.safetensors", "empty.safetensors", "lora.safetensors", "elsewhere.safetensors",
         str(tmp_path / "no" / "such"), "some?one/../dog",
@@ -130,7 +193,7 @@ def test_uploads_are_checked_and_stored_under_names_of_ours(library, adapters, t
     assert entry.path.stem.isalnum()
     assert library.get(entry.id) == entry
     whole = upload.read_bytes()
-    for damage in (whole[:-40], b"", b"not one", whole.replace(rb"format_version\": 2", rb"format_version\": 9")):
+    for damage in (whole[:-40], b"", b"not one", whole.replace(rb"format_version\": 3", rb"format_version\": 9")):
         upload.write_bytes(damage)
         with pytest.raises(RequestError, match="cannot be used") as caught:
             library.add(upload)
