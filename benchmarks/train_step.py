@@ -137,6 +137,8 @@ def main() -> None:
         step, _ = prepare(base, methods[args.profile], args)
         report("train_step", args, profiled(step))
         return
+    if unknown := sorted(set(args.methods or ()) - set(methods)):
+        arguments.error(f"there is no method {unknown[0]!r}; there are {', '.join(methods)}")
     chosen = {name: config for name, config in methods.items() if not args.methods or name in args.methods}
     cuda = args.device.startswith("cuda")
     steps, trainable, peaks = {}, {}, {}
