@@ -40,8 +40,8 @@ class S2FTConfig(PeftConfig):
     """Configuration of an S2FT adapter (Zhang et al., CVPR 2026).
 
     Args:
-        target_modules: names of the linear layers to adapt, or a regular expression, or "all-linear", as in PEFT.
-            `s2ft_diffusion.attention_targets` lists a diffusion model's attention projections.
+        target_modules: names of the linear layers and convolutions to adapt, or a regular expression, or "all-linear",
+            as in PEFT. `s2ft_diffusion.attention_targets` lists a diffusion model's attention projections, or more.
         exclude_modules: names of, or a regular expression for, layers to leave alone.
         n_frequency: real trainable numbers in each layer; an int, or a float below 1 for a share of the layer's d * k.
         n_frequency_pattern: layer names or regular expressions to their own `n_frequency`.
@@ -52,7 +52,7 @@ class S2FTConfig(PeftConfig):
             "random". Without a prior, as after plain construction, the first two draw as "low_frequency" does until
             `initialize_s2ft_weights` has been called.
         gamma: exponent of the sampling probability (Eq. 7; 1.5 in the paper).
-        rearrange: "nearest_neighbor" (Alg. 1) or "none" (the identity: FourierFT's setting).
+        rearrange: "nearest_neighbor" (Alg. 1; a convolution's rows alone) or "none" (the identity: FourierFT's setting).
         distance: between rows and between columns: "cosine" or "euclidean" (the paper).
         signs: let rows and columns be negated where that brings them nearer to their neighbours.
         refine: "2opt" shortens the greedy path afterwards; None leaves it as it is (the paper).
