@@ -52,7 +52,7 @@ class S2FTConfig(PeftConfig):
             "random". Without a prior, as after plain construction, the first two draw as "low_frequency" does until
             `initialize_s2ft_weights` has been called.
         gamma: exponent of the sampling probability (Eq. 7; 1.5 in the paper).
-        rearrange: "nearest_neighbor" (Alg. 1; a convolution's rows alone) or "none" (the identity: FourierFT's setting).
+        rearrange: "nearest_neighbor" (Alg. 1; of convolutions rows alone) or "none" (the identity, FourierFT's).
         distance: between rows and between columns: "cosine" or "euclidean" (the paper).
         signs: let rows and columns be negated where that brings them nearer to their neighbours.
         refine: "2opt" shortens the greedy path afterwards; None leaves it as it is (the paper).
