@@ -272,7 +272,7 @@ class Page:
             [photos, subject, kind, steps, numbers],
             status,
             api_name="train",
-            concurrency_limit=1,
+            concurrency_limit=1,  # the photos of one request at a time are in memory
         ).success(show, latest, shown, **quiet)
         stop.click(
             polite(self.app.cancel_training), latest, status, api_name="stop", api_visibility="private", queue=False

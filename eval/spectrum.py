@@ -11,7 +11,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.resolution,
         )  # fmt: skip
         if adapter is not None and subject == subjects[0]:
-            check_targets(adapter, plan)
+            check_targets(adapter, Session(plan).targets)
         truth, losses = true_change(plan, args.output_dir / f"{subject.name}.safetensors", args.device)
         found = describe_subject(subject, truth, priors(plan, args.device), n_frequency)
         found["truth"] = losses
@@ -213,9 +213,8 @@ def _describe_layer(
     }
 
 
-def check_targets(adapter: Adapter, plan: Run) -> None:
-    """Raise InputError for an adapter of other layers than a run adapts."""
-    targets = Session(plan).targets
+def check_targets(adapter: Adapter, targets: Collection[str]) -> None:
+    """Raise InputError for an adapter of other layers than those looked at here."""
     for name in adapter.layers.get("unet", {}):
         if name not in targets:
             raise InputError(f"The adapter adapts {name}, which is not among the adapted projections here.")
@@ -223,10 +222,9 @@ def check_targets(adapter: Adapter, plan: Run) -> None:
 
 def describe_adapter(adapter: Adapter, truth: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """What a trained adapter's positions reach of a true change, and how much its own change is like it."""
+    check_targets(adapter, truth)
     reached, likeness = [], []
     for name, layer in adapter.layers.get("unet", {}).items():
-        if name not in truth:
-            raise InputError(f"The adapter adapts {name}, which is not among the adapted projections here.")
         kind = "complex" if layer.coefficients.ndim == 2 else "real"
         reached.append(energy.share_reached(truth[name], layer.positions, layer.rearrangement, kind))
         index = index_spectrum(layer.positions, layer.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -91,9 +92,9 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, n_frequency, config, name)
 
+    @abstractmethod
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What the base layer does to x, with a weight (d, k) or of the base layer's shape."""
-        raise NotImplementedError
+        """What the base layer does to x, with another weight of the same shape."""
 
     def _prefers_spectrum(self, x: torch.Tensor, scales: dict[str, float]) -> bool:
         """Whether to multiply x in the spectrum, adapter by adapter, instead of making a dense delta."""

@@ -181,7 +181,10 @@ def unfuse_s2ft(self: DiffusionPipeline) -> None:
 
     Raises ValueError, and changes nothing, while attention projections are fused into one: that is a copy of them.
     """
-    _check_no_fused_projections(self, "unfuse_s2ft")
+    for model in adaptable_components(self).values():
+        for name, layer in model.named_modules():
+            if isinstance(layer, S2FTLayer) and layer.merged and in_fused_attention(model, name):
+                raise ValueError(f"{name} has fused projections; call unfuse_qkv_projections() before unfuse_s2ft().")
     with _offloading_paused(self):
         for layer in _layers(self):
             if layer.merged:
@@ -192,13 +195,6 @@ def s2ft_adapters(self: DiffusionPipeline) -> list[str]:
     """Names of the pipeline's S2FT adapters, in the order of loading."""
     names = [name for model in adaptable_components(self).values() for name in s2ft_configs(model)]
     return list(dict.fromkeys(names))
-
-
-def _check_no_fused_projections(pipeline: DiffusionPipeline, verb: str) -> None:
-    for model in adaptable_components(pipeline).values():
-        for name, layer in model.named_modules():
-            if isinstance(layer, S2FTLayer) and layer.merged and in_fused_attention(model, name):
-                raise ValueError(f"{name} has fused projections; call unfuse_qkv_projections() before {verb}().")
 
 
 def _layers(pipeline: DiffusionPipeline) -> list[S2FTLayer]:
