@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from diffusers import DiffusionPipeline
 from peft import inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -17,7 +16,7 @@ from .adapter_file import COMPONENTS, Adapter, AdapterFileError, AdapterInfo, mo
 from .attention import has_fused_projections
 from .config import S2FTConfig, S2FTType
 from .delta import SpectralDelta
-from .layer import S2FTLayer, delta_shape, layer_type
+from .layer import S2FTLayer, delta_shape, innermost, layer_type
 
 
 def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -74,7 +73,7 @@ def _adaptable_shape(model: nn.Module, name: str) -> tuple[int, int] | None:
         return None
     if layer_type(module) is None:
         return None
-    return delta_shape(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+    return delta_shape(innermost(module))
 
 
 def in_fused_attention(model: nn.Module, name: str) -> bool:

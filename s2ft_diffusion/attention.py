@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 from diffusers.models.attention_processor import Attention
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .layer import layer_type
+from .layer import innermost, layer_type
 
 Targets = Literal["qv", "attention", "blocks", "all"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
@@ -79,7 +78,7 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _is_linear(module: nn.Module | None) -> bool:
-    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Linear)
+    return isinstance(innermost(module), nn.Linear)
 
 
 def _is_attention(module: nn.Module) -> bool:

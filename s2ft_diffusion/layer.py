@@ -420,8 +420,12 @@ LAYER_TYPES: tuple[type[S2FTLayer], ...] = (S2FTLinear, S2FTConv)
 
 def layer_type(module: nn.Module | None) -> type[S2FTLayer] | None:
     """The kind of S2FT layer that adapts a module (or what other adapters on it wrap); None if there is none."""
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return next((kind for kind in LAYER_TYPES if isinstance(module, kind.base_layer_types)), None)
+    return next((kind for kind in LAYER_TYPES if isinstance(innermost(module), kind.base_layer_types)), None)
+
+
+def innermost(module: nn.Module | None) -> nn.Module | None:
+    """A module without the adapters around it."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:

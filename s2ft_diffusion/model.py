@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .config import S2FTConfig, S2FTType
-from .layer import S2FTLayer, layer_type
+from .layer import S2FTLayer, innermost, layer_type
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,8 @@ class S2FTModel(BaseTuner):
             return
         kind = layer_type(target)
         if kind is None:
-            found = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             raise TypeError(
-                f"S2FT cannot adapt {current_key!r}, a {type(found).__name__}: it adapts linear layers and "
+                f"S2FT cannot adapt {current_key!r}, a {type(innermost(target)).__name__}: it adapts linear layers and "
                 "convolutions. Choose other target_modules, or name this one in exclude_modules."
             )
         module = kind(target, adapter_name, n_frequency, s2ft_config, current_key)
