@@ -5,12 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import queue
-import secrets
 import shutil
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
@@ -23,16 +19,16 @@ from filelock import BaseFileLock
 from PIL import Image
 
 from . import compare, inspection, limits
-from .engine import Cancelled, Engine, Listener, Settings
+from .descriptions import caption, details, training_words
+from .engine import Engine, Listener, Settings
 from .history import History, load_png, settings_of
-from .library import Entry, Library, plain
+from .library import Library
 from .limits import RequestError
+from .running import Running
 from .training import UNFINISHED, TrainingQueue
-from .words import escaped, shown
 
 logger = logging.getLogger("app")
 NONE = ""  # the id of no adapter
-SHOW_EVERY = 2.0  # seconds between what is shown of a generation under way
 
 
 def polite(action: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,15 +72,13 @@ class App:
     lock: BaseFileLock | None = None  # on the folder of outputs; let go when the app is closed
 
     def __post_init__(self) -> None:
-        self._cancels: dict[str, set[threading.Event]] = {}
+        self._running = Running(self.engine.threads)
         self._copies: dict[tuple[str, int, float], str] = {}
         self._downloads = Path(tempfile.mkdtemp(prefix="s2ft-app-"))
 
     def close(self) -> None:
         """Stop what is under way, and leave no temporary files."""
-        for events in list(self._cancels.values()):
-            for event in list(events):
-                event.set()
+        self._running.cancel_all()
         self.engine.threads.shutdown()
         if self.trainings is not None:
             self.trainings.close()
@@ -109,12 +103,12 @@ class App:
         """The library's tiles with captions, and their ids."""
         self.library.refresh()
         found = self.library.search(limits.text("The search", words, 200), sort)
-        return [(entry.picture(), _caption(entry)) for entry in found], [entry.id for entry in found]
+        return [(entry.picture(), caption(entry)) for entry in found], [entry.id for entry in found]
 
     def details(self, adapter: str) -> str:
         """An adapter's header as Markdown; also of one that cannot be used."""
         found = [entry for entry in self.library.search() if entry.id == adapter]
-        return _details(found[0]) if found else ""
+        return details(found[0]) if found else ""
 
     def choices(self) -> list[tuple[str, str]]:
         """Labels and ids for a dropdown."""
@@ -197,79 +191,25 @@ class App:
         def work(listener: Listener) -> Iterator[Image.Image]:
             return self.engine.iterate(settings, self.library, listener)
 
-        shown = 0
-        for done, total, preview, image in self._watched(work, request):
-            if image is not None:
-                self.history.save(image, user)
-                file = gr.processing_utils.save_pil_to_cache(
-                    image, str(self._downloads), name=f"image-{len(made)}", format="png"
-                )
-                made.append((file, f"seed {settings.single(len(made)).seed}"))
-                signatures.append(image.info["s2ft"])
+        for now in self._running.watch(work, request.session_hash):
+            if now.image is None:
+                progress((now.done, now.total), desc="denoising", unit="steps")
+                yield now.preview, gr.skip(), f"step {now.done} of {now.total}", gr.skip()
                 continue
-            progress((done, total), desc="denoising", unit="steps")
-            fresh: Any = made if len(made) > shown else gr.skip()  # what has not changed is not sent again
-            shown = len(made)
-            yield preview, fresh, f"step {done} of {total}", gr.skip()
+            self.history.save(now.image, user)
+            file = gr.processing_utils.save_pil_to_cache(
+                now.image, str(self._downloads), name=f"image-{len(made)}", format="png"
+            )
+            made.append((file, f"seed {settings.single(len(made)).seed}"))
+            signatures.append(now.image.info["s2ft"])
+            if len(made) < settings.images:  # shown at once: should the page cancel the event, it has no last word
+                yield gr.skip(), made, gr.skip(), signatures
         status = "done" if len(made) == settings.images else f"cancelled, {len(made)} of {settings.images} images"
         yield None, made, status, signatures
 
-    def _watched(
-        self, work: Callable[[Listener], Iterator[Image.Image]], request: gr.Request
-    ) -> Iterator[tuple[int, int, Image.Image | None, Image.Image | None]]:
-        """Run a generation in another thread; gives steps done, steps in all, a preview or a finished image.
-
-        The thread gives its pipeline back by itself, whatever becomes of the page that asked. Of quick steps only some
-        are passed on: showing each would take longer than making it.
-        """
-        events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        cancel = threading.Event()
-        session = request.session_hash or secrets.token_hex(8)
-        self._cancels.setdefault(session, set()).add(cancel)
-        shown = 0.0
-
-        def on_step(done: int, total: int, preview: Callable[[], Image.Image]) -> None:
-            nonlocal shown
-            if time.monotonic() - shown >= SHOW_EVERY:
-                shown = time.monotonic()
-                events.put(("step", (done, total, preview())))
-
-        listener = Listener(on_step=on_step, cancelled=cancel.is_set)
-
-        def run() -> None:
-            try:
-                for image in work(listener):
-                    events.put(("image", image))
-                events.put(("end", None))
-            except BaseException as error:
-                events.put(("error", error))
-
-        self.engine.threads.submit(run)
-        done, total = 0, 1
-        try:
-            while True:
-                kind, value = events.get()
-                if kind == "step":
-                    done, total, preview = value
-                    yield done, total, preview, None
-                elif kind == "image":
-                    yield done, total, None, value
-                elif kind == "end" or isinstance(value, Cancelled):
-                    return
-                else:
-                    raise value
-        finally:
-            cancel.set()
-            self._cancels[session].discard(cancel)
-            if not self._cancels[session]:
-                del self._cancels[session]
-
     def cancel(self, request: gr.Request) -> str:
         """Stop what this session is generating or comparing; images that are finished stay."""
-        events = list(self._cancels.get(request.session_hash or "", ()))
-        for event in events:
-            event.set()
-        return "cancelled" if events else "nothing to cancel"
+        return "cancelled" if self._running.cancel(request.session_hash) else "nothing to cancel"
 
     # History
 
@@ -340,11 +280,11 @@ class App:
         def work(listener: Listener) -> Iterator[Image.Image]:
             yield compare.compare(self.engine, self.library, columns, listener)
 
-        for done, total, _, image in self._watched(work, request):
-            if image is not None:
-                yield image
+        for now in self._running.watch(work, request.session_hash):
+            if now.image is not None:
+                yield now.image
                 return
-            progress((done, total), desc="denoising", unit="steps")
+            progress((now.done, now.total), desc="denoising", unit="steps")
             yield gr.skip()  # here a closed page ends it
         raise RequestError("Cancelled.")
 
@@ -427,7 +367,7 @@ class App:
                     samples.append(load_png(path))
                 except OSError:
                     continue  # being replaced
-        return _training_words(status), losses, samples, gr.Timer(active=active), gr.update(interactive=active)
+        return training_words(status), losses, samples, gr.Timer(active=active), gr.update(interactive=active)
 
     # Inspect
 
@@ -460,43 +400,3 @@ def parse_strengths(text: str) -> list[float]:
     if not 1 <= len(values) <= 6:
         raise RequestError("One to six strengths can be compared.")
     return [limits.number("A strength", value, limits.STRENGTH) for value in values]
-
-
-def _caption(entry: Entry) -> str:
-    if entry.reason:
-        return f"{entry.name} · {entry.reason}"
-    return f"{entry.name} · {entry.bytes / 1e6:.2f} MB"
-
-
-def _details(entry: Entry) -> str:
-    """The header of an adapter as Markdown."""
-    if entry.reason:
-        return f"### {escaped(entry.name)}\n\nCannot be used: {escaped(entry.reason)}"
-    facts = {
-        "prompt": entry.info.instance_prompt,
-        "class": entry.info.class_name,
-        "base": entry.info.base_model,
-        "trained": entry.info.date,
-        "size": f"{entry.bytes:,} bytes",
-        "trainable numbers": f"{entry.trainable:,}",
-        "steps": entry.info.training.get("steps"),
-    }
-    rows = "\n".join(f"| {key} | {escaped(shown(str(value)))} |" for key, value in facts.items() if value is not None)
-    return f"### {escaped(entry.name)}\n\n| | |\n| --- | --- |\n{rows}"
-
-
-def _training_words(status: dict[str, Any]) -> str:
-    if status["state"] == "none":
-        return "No training yet."
-    lines = [f"### {escaped(status['subject'])}: {status['state']}"]
-    if status["state"] == "waiting" and status["before"]:
-        lines.append(f"{status['before']} before it.")
-    if status["state"] == "failed":
-        lines.append(escaped(status["message"]))
-    lines += [f"* **{phase}**: {escaped(plain(summary))}" for phase, summary in status["phases"]]
-    if status["phase"]:
-        done = f" step {status['losses'][-1][0]} of {status['steps']}" if status["losses"] else ""
-        lines.append(f"* **{status['phase']}** …{done if status['phase'] == 'train' else ''}")
-    if status["state"] == "done":
-        lines.append("The adapter is in the library.")
-    return "\n\n".join(lines[:1]) + "\n\n" + "\n".join(lines[1:])

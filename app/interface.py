@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
+from gradio.events import Dependency
 
 from . import limits
 from .actions import NONE, App, polite
@@ -142,7 +144,7 @@ class Page:
             self.prompt, self.negative, self.adapter, self.strength, self.second, self.second_strength, self.steps,
             self.guidance, self.seed, self.images, self.scheduler,
         ]  # fmt: skip
-        gr.on(
+        generation = gr.on(
             [self.go.click, self.prompt.submit],
             polite(self.app.generate),
             self.settings,
@@ -152,7 +154,8 @@ class Page:
             show_progress_on=self.preview,
             **self.busy,
         )
-        self.stop.click(polite(self.app.cancel), None, self.status, api_name="cancel", queue=False)
+        self.cancel(self.stop, generation, [self.preview, self.status], (None, "cancelled"))
+        gr.api(polite(self.app.cancel), api_name="cancel", queue=False)
 
         def choose(event: gr.SelectData) -> int:
             return event.index
@@ -229,14 +232,14 @@ class Page:
                     label="Side by side", format="png", interactive=False, elem_id="sheet",
                     buttons=["download", "fullscreen"],
                 )  # fmt: skip
-        go.click(
+        comparison = go.click(
             polite(self.app.compare),
             [prompt, adapter, second, strengths, steps, guidance, seed, seeds, scheduler],
             result,
             api_name="compare",
             **self.busy,
         )
-        stop.click(polite(self.app.cancel), None, None, api_visibility="private", queue=False)
+        self.cancel(stop, comparison, [], ())
 
     def train_tab(self, blocks: gr.Blocks) -> None:
         small = self.app.engine.base == "toybox"
@@ -334,6 +337,15 @@ class Page:
             values["prompt"], values["negative_prompt"], *adapters[0], *adapters[1], values["steps"],
             values["guidance"], values["seed"], values["images"], values["scheduler"],
         )  # fmt: skip
+
+    def cancel(self, button: gr.Button, event: Dependency, outputs: list[Component], values: tuple[Any, ...]) -> None:
+        """Have a button stop an event, running or still waiting for its turn, and set outputs to values."""
+
+        def stop(request: gr.Request) -> tuple[Any, ...]:
+            self.app.cancel(request)  # at its next step; an event is let go only between what it shows
+            return values
+
+        button.click(polite(stop), None, outputs, cancels=event, api_visibility="private", queue=False)
 
     def new_choices(self) -> list[Any]:
         """The library's adapters for every dropdown of adapters."""

@@ -78,11 +78,16 @@ def set_steps(page: playwright.Page, steps: int) -> None:
     set_number(page, "Steps", steps)
 
 
+def wait_for_status(page: playwright.Page, start: str) -> None:
+    value = "document.querySelector('#status textarea, #status input').value"
+    page.wait_for_function(f"{value}.startsWith('{start}')")
+
+
 def generated(page: playwright.Page) -> bytes:
     """Click Generate, wait until it is done; the picture's bytes as the page has them."""
     button(page, "Generate").click()
-    page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('step')")
-    page.wait_for_function("document.querySelector('#status textarea, #status input').value === 'done'")
+    wait_for_status(page, "step")
+    wait_for_status(page, "done")
     page.wait_for_function("document.querySelector('#results img')?.naturalWidth > 0")
     return page.request.get(page.locator("#results img").first.get_attribute("src")).body()
 
@@ -130,12 +135,41 @@ def test_pick_an_adapter_generate_and_see_strength_count(page) -> None:
 
 
 def test_cancel(page) -> None:
-    set_steps(page, 100)
+    set_steps(page, 60)
     set_number(page, "Images", 8)
     button(page, "Generate").click()
-    page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('step')")
+    page.wait_for_function("document.querySelector('#results img')?.naturalWidth > 0")
     button(page, "Cancel").click()
-    page.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('cancelled')")
+    wait_for_status(page, "cancelled")
+    page.wait_for_timeout(2000)  # nothing comes after it, and what was finished stays
+    wait_for_status(page, "cancelled")
+    assert 1 <= page.locator("#results img").count() < 8
+
+
+def test_cancel_while_waiting(browser, served) -> None:
+    pages = [browser.new_page() for _ in range(3)]  # two generate at once
+    for page in pages:
+        open_page(page, served[0])
+        set_steps(page, 100)
+        set_number(page, "Images", 8)
+    for page in pages[:2]:
+        button(page, "Generate").click()
+        wait_for_status(page, "step")
+    waiting = pages[2]
+    button(waiting, "Generate").click()
+    waiting.get_by_text("queue: ").wait_for()
+    button(waiting, "Cancel").click()
+    wait_for_status(waiting, "cancelled")
+    for page in pages[:2]:
+        button(page, "Cancel").click()
+        wait_for_status(page, "cancelled")
+    waiting.wait_for_timeout(3000)  # it does not come to its turn
+    wait_for_status(waiting, "cancelled")
+    set_number(waiting, "Steps", 3)
+    set_number(waiting, "Images", 1)
+    assert generated(waiting)
+    for page in pages:
+        page.close()
 
 
 def test_upload_a_good_file_and_a_broken_one(page, adapters, tmp_path, served) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from app.actions import _details
+from app.descriptions import details
 from app.library import Library, plain
 from app.limits import RequestError
 from app.words import drawn
@@ -60,10 +60,10 @@ def test_words_of_strangers_harm_no_page(name, adapters, engine, tmp_path) -> No
     save_file(tensors, folder / "cat.safetensors", metadata={"s2ft": json.dumps(header)})
     library = Library([str(folder)], tmp_path / "own", engine.components)
     (entry,) = library.search()
-    shown = json.dumps([entry.summary(), library.choices(), _details(entry)], ensure_ascii=False)
+    shown = json.dumps([entry.summary(), library.choices(), details(entry)], ensure_ascii=False)
     shown.encode()  # as a page is sent
     assert len(shown) < 3000
-    assert "](" not in _details(entry)
+    assert "](" not in details(entry)
     assert "\\u0000" not in shown
     entry.picture()
 
