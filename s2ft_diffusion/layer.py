@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import S2FTConfig
 from .delta import SpectralDelta
 from .delta_cache import delta_cache
+from .fusing import Fusing
 from .seeding import seeded
 from .spectrum import count_positions, sample_positions
 
 CONVOLUTION = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
 )  # fmt: skip
-# A fused change that its own rounding alters by more than this share is worth a warning.
-FUSE_ROUNDING_LIMIT = 0.05
 
 
-@dataclass(frozen=True)
-class Fused:
-    """What a layer remembers of fusing: the original weight, on the CPU, and how to know the fused one again."""
-
-    original: torch.Tensor
-    scales: dict[str, float]
-    dtype: torch.dtype
-    fingerprint: int
-
-
-def fingerprint(weight: torch.Tensor) -> int:
-    """The sum of a weight's bits, read as integers: the same on every device, and another one after any change."""
-    wide = weight.numel() * weight.element_size() % 8 == 0
-    flat = weight.contiguous().flatten()
-    return int(flat.view(torch.int64 if wide else torch.uint8).sum())
-
-
-class S2FTLayer(nn.Module, BaseTunerLayer):
+class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
     """A layer with S2FT adapters: what a linear layer and a convolution have in common.
 
     A weight change is a matrix (d, k) whose row makes one output: a convolution's has all of its kernel's entries for
@@ -88,7 +68,6 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         self.s2ft_passing_scales: dict[str, list[float]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._fused: Fused | None = None
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, n_frequency, config, name)
 
@@ -173,6 +152,11 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
             scale *= passing
         return scale
 
+    def _drop_passing_scales(self) -> None:
+        """diffusers' fuse_lora(scale) puts a scale on every PEFT layer and never takes it off."""
+        for passing in self.s2ft_passing_scales.values():
+            passing.clear()
+
     def _active(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.s2ft_delta]
 
@@ -240,115 +224,6 @@ class S2FTLayer(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         delta = self._kept(scales, None, dtype, lambda: self._active_delta(scales, dtype))
         return result + self._multiply(x.to(dtype), delta, None)
-
-    # Merging: PEFT's word for fusing
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, scale: float = 1.0) -> None:
-        """Add the delta weights of the active (or the named) adapters to the base weight, `scale` times.
-
-        The weight as it was is kept on the CPU, so that `unmerge` restores it bit for bit; that costs one copy of every
-        adapted weight. With `safe_merge`, raises ValueError and changes nothing if the sum is not finite.
-        """
-        adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.s2ft_delta]
-        scales = {name: self.effective_scale(name) * scale for name in adapter_names}
-        self._drop_passing_scales()
-        if scales:
-            self._fuse(scales, safe_merge)
-
-    def _fuse(self, scales: dict[str, float], safe: bool = False) -> None:
-        weight = self.get_base_layer().weight
-        full = weight.dtype.is_floating_point and weight.shape == self._weight_shape
-        if not full or type(weight.data) is not torch.Tensor:
-            kind = weight.dtype if type(weight.data) is torch.Tensor else type(weight.data).__name__
-            raise TypeError(f"An S2FT adapter cannot be fused into a {kind} weight; use it unfused.")
-        with torch.no_grad():
-            fused = self._add_deltas(weight.data, scales)
-        if safe and not torch.isfinite(fused).all():
-            raise ValueError(f"The weights fused with {list(scales)} are not finite; nothing was changed.")
-        self._warn_of_rounding(weight.data, fused, scales)
-        # On a CPU, the very same memory: the sum has memory of its own.
-        original = self._fused.original if self._fused else weight.data.detach().to("cpu")
-        before = self._fused.scales if self._fused else {}
-        self._fused = Fused(original, {**before, **scales}, fused.dtype, fingerprint(fused))
-        weight.data = fused
-        delta_cache.drop(self)  # it holds on to the weight as it was
-        self.merged_adapters.extend(scales)
-
-    def unmerge(self) -> None:
-        """Restore the base weight to what it was before merging, bit for bit (in the type it has by now).
-
-        If something else (a fused LoRA) has changed the weight since, the delta weights are subtracted instead, which
-        leaves a rounding error.
-        """
-        self._drop_passing_scales()
-        if self._fused is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        weight, fused = self.get_base_layer().weight, self._fused
-        with torch.no_grad():
-            if self._is_as_fused(weight.data):
-                weight.data = fused.original.to(weight.device, weight.dtype)
-            else:
-                weight.data = self._add_deltas(weight.data, {n: -s for n, s in fused.scales.items()})
-        self._fused = None
-        self.merged_adapters.clear()
-
-    def _is_as_fused(self, weight: torch.Tensor) -> bool:
-        """Whether the weight is still what fusing made it, in the type it has by now."""
-        fused = self._fused
-        if weight.dtype == fused.dtype:
-            return fingerprint(weight) == fused.fingerprint
-        # Rounded since, and so may be the coefficients.
-        original = fused.original.to(weight.device)
-        expected = self._add_deltas(original, fused.scales).float()
-        epsilon = 4 * max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
-        slack = epsilon * float((expected - original.float()).abs().max())
-        return torch.allclose(weight.float(), expected, rtol=epsilon, atol=slack)
-
-    def fused_state(self) -> tuple[torch.Tensor, Fused | None, list[str]]:
-        """What `restore_fused_state` needs to undo a later merge; no copies."""
-        return self.get_base_layer().weight.data, self._fused, list(self.merged_adapters)
-
-    def restore_fused_state(self, state: tuple[torch.Tensor, Fused | None, list[str]]) -> None:
-        """Undo every merge since `fused_state`."""
-        self.get_base_layer().weight.data, self._fused, self.merged_adapters[:] = state
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it is fused, it is taken out of the weight, and others that are fused stay."""
-        others = None
-        if adapter_name in self.merged_adapters:
-            others = {name: scale for name, scale in self._fused.scales.items() if name != adapter_name}
-            self.unmerge()
-        super().delete_adapter(adapter_name)
-        if others:
-            self._fuse(others)
-
-    def _drop_passing_scales(self) -> None:
-        """diffusers' fuse_lora(scale) puts a scale on every PEFT layer and never takes it off."""
-        for passing in self.s2ft_passing_scales.values():
-            passing.clear()
-
-    def _add_deltas(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
-        result = weight
-        for name, scale in scales.items():
-            delta = self.s2ft_delta[name]().view(self._weight_shape).to(weight.device)
-            result = torch.add(result.to(delta.dtype), delta, alpha=scale, out=delta).to(weight.dtype)
-        if result.stride() != weight.stride():  # a convolution's weight may lie channels last
-            result = torch.empty_like(weight).copy_(result)
-        return result
-
-    def _warn_of_rounding(self, before: torch.Tensor, after: torch.Tensor, scales: dict[str, float]) -> None:
-        if before.dtype in (torch.float32, torch.float64):
-            return
-        with torch.no_grad():
-            wanted = sum(self.s2ft_delta[name]() * scale for name, scale in scales.items())
-            wanted = wanted.view(self._weight_shape).to(before.device)
-        if (lost := ((after.float() - before.float()) - wanted).norm()) > FUSE_ROUNDING_LIMIT * wanted.norm():
-            warnings.warn(
-                f"Fusing into {before.dtype} rounds an adapter's change by {float(lost / wanted.norm()):.0%} in some "
-                "layers. Use it unfused, or fuse in float32 and convert the pipeline afterwards.",
-                stacklevel=4,
-            )
 
     def _is_plain(self, base: nn.Module, x: torch.Tensor) -> bool:
         """Whether calling `base` is nothing but a product in float32: no other adapter, no hook, no cast in between."""
