@@ -122,6 +122,9 @@ def check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_na
     present = {component: deltas for component, deltas in present.items() if deltas}
     if not present:
         raise ValueError(f"hotswap needs the name of a loaded S2FT adapter to replace, got {adapter_name!r}.")
+    for component in present:
+        if components[component].peft_config[adapter_name].scaling == 0:
+            raise ValueError(f"{label}: cannot be swapped in: the place's scaling is 0, so nothing in it would count.")
     for component in sorted(present.keys() | adapter.layers.keys()):
         old, new = present.get(component, {}), adapter.layers.get(component, {})
         if different := sorted(old.keys() ^ new.keys()):

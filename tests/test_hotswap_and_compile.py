@@ -100,6 +100,10 @@ def test_what_cannot_be_swapped_changes_nothing(pipe, folder, tmp_path) -> None:
     pipe.unet.add_adapter(S2FTConfig(target_modules=attention_targets(pipe.unet)[:3], n_frequency=300), "some")
     with pytest.raises(ValueError, match="only one of the two adapters has unet"):
         pipe.load_s2ft_weights(path, adapter_name="some", hotswap=True)
+    config = S2FTConfig(target_modules=attention_targets(pipe.unet), n_frequency=300, scaling=0.0)
+    pipe.unet.add_adapter(config, "silent")
+    with pytest.raises(ValueError, match="scaling is 0"):
+        pipe.load_s2ft_weights(path, adapter_name="silent", hotswap=True)
 
 
 def test_hotswap_compiles_nothing_again(pipe, folder, tmp_path) -> None:
