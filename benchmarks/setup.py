@@ -4,7 +4,7 @@
     python -m benchmarks.setup --growth --json docs/results/setup.json
 
 The first times a gradient of the estimate and a training step beside it, and from its prior the search for orders and
-the sampling, for both presets and both choices of layers. The last column is the whole set-up as a share of a default
+the sampling, for presets and choices of layers. The last column is the whole set-up as a share of a default
 training run, with five photos. `--growth` goes over sizes of one layer and numbers in it instead.
 """
 
@@ -19,7 +19,8 @@ from peft import inject_adapter_in_model
 
 from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior
 from s2ft_diffusion.attention import TARGETS
-from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, parse_arguments
+from s2ft_diffusion.config import PRESETS
+from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, amount, parse_arguments
 from s2ft_diffusion.dreambooth.batches import estimate_draws
 from s2ft_diffusion.prior import place_from_prior
 from s2ft_diffusion.rearrange import find_rearrangement
@@ -36,7 +37,8 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--shape", choices=SHAPES, default="sd15")
     arguments.add_argument("--pixels", type=int)
-    arguments.add_argument("--n", type=int, default=8000)
+    arguments.add_argument("--n", type=amount, default=8000)
+    arguments.add_argument("--presets", nargs="+", choices=PRESETS, default=tuple(PRESETS))
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--growth", action="store_true")
     arguments.add_argument("--targets", nargs="+", choices=TARGETS, default=("qv", "attention"))
@@ -48,7 +50,7 @@ def main() -> None:
     base = build(args.shape, args.device)
     batch = inputs(args.shape, 1, args.pixels, args.device, torch.float32)
     rows = []
-    for preset in ("paper", "default"):
+    for preset in args.presets:
         defaults = parse_arguments(["--instance_dir", "photos", "--preset", preset])
         gradients = PHOTOS * estimate_draws(defaults, PHOTOS, Accelerator(cpu=True))
         for targets in args.targets:

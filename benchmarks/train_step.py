@@ -4,7 +4,8 @@
 
 Prints seconds, the ratio to LoRA r=32 and peak memory. Timed in one process, the methods in turn around the same base
 weights; peak memory on a CPU is that of a process of its own for each method. "base" has nothing to train: forward and
-backward to its input. `--preset_n` sets the numbers a layer of FourierFT, WaveFT and S2FT.
+backward to its input. `--preset_n` sets the numbers a layer of FourierFT, WaveFT and S2FT; `--targets all` puts the
+methods of `--methods` on convolutions too, which PEFT's FourierFT and WaveFT do not adapt.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from peft import FourierFTConfig, LoraConfig, WaveFTConfig, inject_adapter_in_mo
 from torch import nn
 from torch.profiler import profile
 
-from s2ft_diffusion import S2FTConfig
+from s2ft_diffusion import S2FTConfig, attention_targets
+from s2ft_diffusion.attention import TARGETS
+from s2ft_diffusion.dreambooth.arguments import amount
 
 from .measure import alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights
@@ -32,7 +35,7 @@ from .shapes import SHAPES, build, inputs, sharing_weights
 REFERENCE = "LoRA r=32"
 
 
-def configs(targets: list[str], n: int) -> dict[str, Any]:
+def configs(targets: list[str], n: int | float) -> dict[str, Any]:
     """The methods by name; None trains nothing."""
     return {
         "base": None,
@@ -115,7 +118,8 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=1)
     arguments.add_argument("--pixels", type=int, help="by default what the shape was made for; 256 for sd15")
     arguments.add_argument("--dtype", choices=("float32", "autocast", "bfloat16"), default="float32")
-    arguments.add_argument("--preset_n", type=int, default=8000)
+    arguments.add_argument("--preset_n", type=amount, default=8000)
+    arguments.add_argument("--targets", choices=TARGETS, help="by default the shape's: query and value, for UNets")
     arguments.add_argument("--gradient_checkpointing", action="store_true")
     arguments.add_argument("--compile", action="store_true")
     arguments.add_argument("--methods", nargs="+", help="by default all")
@@ -126,7 +130,8 @@ def main() -> None:
     args = arguments.parse_args()
     args.pixels = args.pixels or SHAPES[args.shape].pixels
     base = build(args.shape, args.device, torch.bfloat16 if args.dtype == "bfloat16" else torch.float32)
-    methods = configs(SHAPES[args.shape].targets(base), args.preset_n)
+    targets = attention_targets(base, args.targets) if args.targets else SHAPES[args.shape].targets(base)
+    methods = configs(targets, args.preset_n)
     if args.peak_of:
         step, _ = prepare(base, methods[args.peak_of], args)
         step()

@@ -33,6 +33,7 @@ def test_it_explains_itself(name) -> None:
         ("train_step", "--rounds 1 --preset_n 300 --no_memory --methods base FourierFT --dtype autocast"),
         ("train_step", "--shape klein-small --rounds 1 --preset_n 300 --no_memory --dtype bfloat16 --batch 2"),
         ("train_step", "--preset_n 300 --gradient_checkpointing --profile S2FT_default"),
+        ("train_step", "--preset_n 0.0016 --targets all --rounds 1 --no_memory --methods S2FT_default"),
         ("setup", "--n 300 --rounds 1"),
         ("load", "--n 300 --rounds 2 --adapters 2"),
         ("infer", "--n 300 --rounds 1 --dtype bfloat16"),
