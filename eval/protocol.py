@@ -19,7 +19,7 @@ from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
-from s2ft_diffusion.toybox.subjects import SUBJECTS, write_pictures
+from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, SUBJECTS, write_pictures
 from s2ft_diffusion.toybox.subjects import Subject as ToySubject
 
 from .generation import Sampling
@@ -121,7 +121,11 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> None:
     add("--subjects_dir", type=Path, help="a folder of photos for each subject; by default the toybox's subjects")
     add("--prompts", type=Path, help="DreamBench's prompts_and_classes.txt; by default the one in --subjects_dir")
     add("--development", nargs="+", help="subjects to choose on, learning rates for example")
-    add("--subjects", nargs="+", help="subjects to report on; by default all others")
+    add(
+        "--subjects",
+        nargs="+",
+        help="subjects to report on; by default all others (of the toybox's first twelve)",
+    )
 
 
 def make_quick(
@@ -143,7 +147,8 @@ def make_quick(
 def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject]]:
     """The development subjects and those to compare on. Raises InputError for names that are not there."""
     if args.subjects_dir is None:
-        known = {name: _toy_subject(name, args.output_dir) for name in SUBJECTS}
+        known = {name: _toy_subject(name, args.output_dir) for name in ALL_SUBJECTS}
+        usual = list(SUBJECTS)
     else:
         if not args.subjects_dir.is_dir():
             raise InputError(f"--subjects_dir {args.subjects_dir}: there is no such folder.")
@@ -158,9 +163,10 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
             find_images(subject.photos)
         if len(known) < 2:
             raise InputError(f"{args.subjects_dir}: fewer than two folders are named as subjects of {args.prompts}.")
+        usual = list(known)
     default = list(DEVELOPMENT) if args.subjects_dir is None else list(known)[:1]
     development = list(dict.fromkeys(args.development or default))
-    subjects = list(dict.fromkeys(args.subjects or [name for name in known if name not in development]))
+    subjects = list(dict.fromkeys(args.subjects or [name for name in usual if name not in development]))
     for name in (*development, *subjects):
         if name not in known:
             raise InputError(f"There is no subject {name!r}; there are {', '.join(known)}.")
@@ -171,7 +177,7 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
 
 def _toy_subject(name: str, folder: Path) -> Subject:
     """A toybox subject, its pictures in files."""
-    toy = SUBJECTS[name]
+    toy = ALL_SUBJECTS[name]
     elsewhere = toy.pictures_elsewhere()
     photos = _write_once(toy.photos(), folder / "subjects" / name)
     paths = find_images(_write_once([picture for picture, _ in elsewhere], folder / "elsewhere" / name))

@@ -178,7 +178,10 @@ def test_pictures_that_are_held_out_are_not_trained_on(tmp_path) -> None:
 
 def test_a_toybox_subject_is_judged_by_scenes_that_its_photos_do_not_show(tmp_path) -> None:
     args = Namespace(subjects_dir=None, output_dir=tmp_path, development=["perk"], subjects=None)
-    (subject,), _ = find_subjects(args)
+    (subject,), others = find_subjects(args)
+    assert {other.name for other in others} == SUBJECTS.keys() - {"perk"}
+    args.subjects = ["mocha"]  # one of the further ones, which take part where they are named
+    assert [other.name for other in find_subjects(args)[1]] == ["mocha"]
     held_out = subject.held_out()
     assert len(held_out) == 8
     assert {words for _, words in held_out}.isdisjoint(BACKGROUNDS[n] for n in SUBJECTS["perk"].photo_backgrounds())

@@ -23,7 +23,7 @@ from s2ft_diffusion.toybox.check import (
     read_images,
     reconstruction_error,
 )
-from s2ft_diffusion.toybox.subjects import SUBJECTS, write_photos
+from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, SUBJECTS, write_photos
 from s2ft_diffusion.toybox.world import BACKGROUNDS, CLASSES, COLOURS, PATTERNS, Scene, random_scene, render
 from tests.conftest import ROOT
 
@@ -73,9 +73,9 @@ def test_captions_mention_a_part_of_what_is_shown() -> None:
 
 
 def test_subjects_are_individuals_with_photos(tmp_path) -> None:
-    looks = {(s.kind, s.colour, s.second_colour, s.emblem, s.accessory) for s in SUBJECTS.values()}
-    assert len(looks) == len(SUBJECTS)
-    for subject in SUBJECTS.values():
+    looks = {(s.kind, s.colour, s.second_colour, s.emblem, s.accessory) for s in ALL_SUBJECTS.values()}
+    assert len(looks) == len(ALL_SUBJECTS)
+    for subject in ALL_SUBJECTS.values():
         assert len(subject.photos()) in (5, 6)
         assert len(set(subject.photo_backgrounds())) == len(subject.photo_backgrounds())
         assert len(subject.prompts()) >= 6

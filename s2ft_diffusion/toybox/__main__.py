@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 
 from . import base_path
-from .subjects import SUBJECTS, write_photos
+from .subjects import ALL_SUBJECTS, write_photos
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m s2ft_diffusion.toybox", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     render = commands.add_parser("render", help="write a subject's photos to a folder")
-    render.add_argument("subject", choices=sorted(SUBJECTS))
+    render.add_argument("subject", choices=sorted(ALL_SUBJECTS))
     render.add_argument("folder", type=Path)
     commands.add_parser("subjects", help="list the subjects, their classes and prompts")
     pretrain = commands.add_parser("pretrain", help="train the base from nothing; resumes from its work folder")
@@ -31,9 +31,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "render":
         paths = write_photos(args.subject, args.folder)
-        print(f"{len(paths)} photos of {args.subject}, a {SUBJECTS[args.subject].kind}, in {args.folder}")
+        print(f"{len(paths)} photos of {args.subject}, a {ALL_SUBJECTS[args.subject].kind}, in {args.folder}")
     elif args.command == "subjects":
-        for subject in SUBJECTS.values():
+        for subject in ALL_SUBJECTS.values():
             print(f"{subject.name:10} {subject.kind:10} {subject.instance_prompt}")
     elif args.command == "pretrain":
         import torch
