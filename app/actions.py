@@ -158,7 +158,7 @@ class App:
         scheduler: str,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio wants it)
-    ) -> Iterator[tuple[Any, Any, str, list[str]]]:
+    ) -> Iterator[tuple[Any, Any, Any, Any]]:
         """Generate images, each a PNG that carries its settings.
 
         Args:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from gradio.events import Dependency
 
 from . import limits
@@ -154,7 +153,13 @@ class Page:
             show_progress_on=self.preview,
             **self.busy,
         )
-        self.cancel(self.stop, generation, [self.preview, self.status], (None, "cancelled"))
+        self.cancel(self.stop, generation).then(
+            lambda now: (None, now if now and now.startswith(("done", "cancelled")) else "cancelled"),
+            self.status,
+            [self.preview, self.status],
+            api_visibility="private",
+            queue=False,
+        )
         gr.api(polite(self.app.cancel), api_name="cancel", queue=False)
 
         def choose(event: gr.SelectData) -> int:
@@ -239,7 +244,7 @@ class Page:
             api_name="compare",
             **self.busy,
         )
-        self.cancel(stop, comparison, [], ())
+        self.cancel(stop, comparison)
 
     def train_tab(self, blocks: gr.Blocks) -> None:
         small = self.app.engine.base == "toybox"
@@ -338,14 +343,13 @@ class Page:
             values["guidance"], values["seed"], values["images"], values["scheduler"],
         )  # fmt: skip
 
-    def cancel(self, button: gr.Button, event: Dependency, outputs: list[Component], values: tuple[Any, ...]) -> None:
-        """Have a button stop an event, running or still waiting for its turn, and set outputs to values."""
+    def cancel(self, button: gr.Button, event: Dependency) -> Dependency:
+        """Have a button stop an event, running or still waiting for its turn."""
 
-        def stop(request: gr.Request) -> tuple[Any, ...]:
+        def stop(request: gr.Request) -> None:
             self.app.cancel(request)  # at its next step; an event is let go only between what it shows
-            return values
 
-        button.click(polite(stop), None, outputs, cancels=event, api_visibility="private", queue=False)
+        return button.click(polite(stop), None, None, cancels=event, api_visibility="private", queue=False)
 
     def new_choices(self) -> list[Any]:
         """The library's adapters for every dropdown of adapters."""

@@ -34,6 +34,7 @@ class Running:
 
     threads: Executor
     _cancels: dict[str, set[threading.Event]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def watch(self, work: Callable[[Listener], Iterator[Image.Image]], session: str | None) -> Iterator[Moment]:
         """Run a generation in another thread; ends without an error when it is cancelled.
@@ -44,7 +45,8 @@ class Running:
         events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         cancel = threading.Event()
         session = session or secrets.token_hex(8)
-        self._cancels.setdefault(session, set()).add(cancel)
+        with self._lock:
+            self._cancels.setdefault(session, set()).add(cancel)
         shown = 0.0
 
         def on_step(done: int, total: int, preview: Callable[[], Image.Image]) -> None:
@@ -77,13 +79,15 @@ class Running:
                     raise value
         finally:
             cancel.set()
-            self._cancels[session].discard(cancel)
-            if not self._cancels[session]:
-                del self._cancels[session]
+            with self._lock:
+                self._cancels[session].discard(cancel)
+                if not self._cancels[session]:
+                    del self._cancels[session]
 
     def cancel(self, session: str | None) -> bool:
         """Stop what a session is generating; whether there was anything."""
-        events = list(self._cancels.get(session or "", ()))
+        with self._lock:
+            events = list(self._cancels.get(session or "", ()))
         for event in events:
             event.set()
         return bool(events)

@@ -145,6 +145,10 @@ def main() -> None:
     if unknown := sorted(set(args.methods or ()) - set(methods)):
         arguments.error(f"there is no method {unknown[0]!r}; there are {', '.join(methods)}")
     chosen = {name: config for name, config in methods.items() if not args.methods or name in args.methods}
+    if isinstance(args.preset_n, float) and {"FourierFT", "WaveFT"} & chosen.keys():
+        arguments.error(
+            "a share as --preset_n is for S2FT: leave FourierFT and WaveFT out of --methods, or give a count"
+        )
     cuda = args.device.startswith("cuda")
     steps, trainable, peaks = {}, {}, {}
     for name, config in chosen.items():

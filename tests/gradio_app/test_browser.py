@@ -168,6 +168,9 @@ def test_cancel_while_waiting(browser, served) -> None:
     set_number(waiting, "Steps", 3)
     set_number(waiting, "Images", 1)
     assert generated(waiting)
+    button(waiting, "Cancel").click()
+    waiting.wait_for_timeout(1000)
+    wait_for_status(waiting, "done")  # there was nothing to cancel any more
     for page in pages:
         page.close()
 
