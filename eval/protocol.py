@@ -146,9 +146,9 @@ def make_quick(
 
 def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject]]:
     """The development subjects and those to compare on. Raises InputError for names that are not there."""
+    known: dict[str, Subject] = {}
     if args.subjects_dir is None:
-        known = {name: _toy_subject(name, args.output_dir) for name in ALL_SUBJECTS}
-        usual = list(SUBJECTS)
+        names, usual = list(ALL_SUBJECTS), list(SUBJECTS)
     else:
         if not args.subjects_dir.is_dir():
             raise InputError(f"--subjects_dir {args.subjects_dir}: there is no such folder.")
@@ -163,15 +163,17 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
             find_images(subject.photos)
         if len(known) < 2:
             raise InputError(f"{args.subjects_dir}: fewer than two folders are named as subjects of {args.prompts}.")
-        usual = list(known)
-    default = list(DEVELOPMENT) if args.subjects_dir is None else list(known)[:1]
+        names = usual = list(known)
+    default = list(DEVELOPMENT) if args.subjects_dir is None else names[:1]
     development = list(dict.fromkeys(args.development or default))
     subjects = list(dict.fromkeys(args.subjects or [name for name in usual if name not in development]))
     for name in (*development, *subjects):
-        if name not in known:
-            raise InputError(f"There is no subject {name!r}; there are {', '.join(known)}.")
+        if name not in names:
+            raise InputError(f"There is no subject {name!r}; there are {', '.join(names)}.")
     if both := set(development) & set(subjects):
         raise InputError(f"Learning rates must be chosen on other subjects than are compared: {sorted(both)}.")
+    if args.subjects_dir is None:
+        known = {name: _toy_subject(name, args.output_dir) for name in (*development, *subjects)}
     return [known[name] for name in development], [known[name] for name in subjects]
 
 

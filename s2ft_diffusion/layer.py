@@ -67,6 +67,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         self.s2ft_weight: dict[str, float] = {}
         self.s2ft_passing_scales: dict[str, list[float]] = {}
         self._disable_adapters = False
+        self.cast_input_dtype_enabled = True  # diffusers, casting layer by layer, sets it to False on every adapter
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, n_frequency, config, name)

@@ -116,6 +116,15 @@ def test_layerwise_casting(pipe, folder) -> None:
     assert torch.equal(generate(pipe), base)
 
 
+def test_layerwise_casting_of_a_pipeline_with_an_adapter(pipe, folder) -> None:
+    path, expected = folder
+    pipe.load_s2ft_weights(path)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    layer = next(m for m in pipe.unet.modules() if isinstance(m, S2FTLinear))
+    assert layer.get_base_layer().weight.dtype == torch.bfloat16
+    assert (generate(pipe) - expected).abs().mean() < 0.02
+
+
 @pytest.mark.parametrize("offload", ["group", "group_leaf"])
 def test_group_offload(pipe, folder, offload) -> None:
     path, expected = folder

@@ -121,6 +121,21 @@ FURTHER_SUBJECTS = _by_name(
     Subject("splash", "fish", "yellow", "red", "star", "blue", "bow"),
     Subject("rumble", "car", "white", "green", "cross", "red", "flag"),
     Subject("cozy", "house", "orange", "black", "heart", "pink", "balloon"),
+    Subject("cocoa", "mug", "blue", "pink", "heart", "yellow", "flag"),
+    Subject("chai", "teapot", "blue", "green", "heart", "yellow", "flag"),
+    Subject("fern", "vase", "white", "red", "star", "yellow", "bow"),
+    Subject("summit", "backpack", "green", "black", "heart", "blue", "balloon"),
+    Subject("widget", "robot", "orange", "blue", "disc", "pink", "flag"),
+    Subject("skipper", "boat", "pink", "yellow", "star", "red", "flag"),
+    Subject("pepper", "cat", "white", "blue", "moon", "red", "balloon"),
+    Subject("scout", "dog", "white", "yellow", "diamond", "pink", "bow"),
+    Subject("plume", "bird", "brown", "orange", "bolt", "red", "bow"),
+    Subject("marlin", "fish", "red", "purple", "bolt", "yellow", "flag"),
+    Subject("turbo", "car", "purple", "red", "heart", "blue", "flag"),
+    Subject("manor", "house", "white", "blue", "moon", "yellow", "bow"),
+    Subject("sprig", "vase", "red", "brown", "disc", "pink", "balloon"),
+    Subject("gizmo", "robot", "red", "yellow", "moon", "white", "bow"),
+    Subject("tide", "boat", "white", "purple", "moon", "red", "flag"),
 )
 ALL_SUBJECTS = {**SUBJECTS, **FURTHER_SUBJECTS}
 
