@@ -10,7 +10,7 @@ from PIL import Image
 
 from s2ft_diffusion.adapter_file import Adapter, LayerWeights, read_adapter
 from s2ft_diffusion.config import S2FTConfig
-from s2ft_diffusion.spectrum import delta_norm, delta_weight, index_spectrum
+from s2ft_diffusion.spectrum import delta_norm, delta_weight
 
 SIDE = 384
 # A diverging map, blue over white to red, and a sequential one, white to dark blue.
@@ -31,8 +31,8 @@ def weights_of(adapter: Adapter, layer: str) -> tuple[LayerWeights, S2FTConfig]:
 
 def latent_and_delta(weights: LayerWeights, config: S2FTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The smooth latent matrix and the weight change (d, k), scaled."""
-    index, rearrangement = index_spectrum(weights.positions, weights.shape), weights.rearrangement
-    delta = delta_weight(weights.coefficients.float(), index, rearrangement, config.norm) * config.scaling
+    rearrangement = weights.rearrangement
+    delta = delta_weight(weights.coefficients.float(), weights.positions, rearrangement, config.norm) * config.scaling
     return rearrangement.invert(delta), delta
 
 

@@ -25,9 +25,11 @@ from peft import FourierFTConfig, LoraConfig, WaveFTConfig, inject_adapter_in_mo
 from torch import nn
 from torch.profiler import profile
 
-from s2ft_diffusion import S2FTConfig, attention_targets
+from s2ft_diffusion import S2FTConfig, S2FTLayer, attention_targets
 from s2ft_diffusion.attention import TARGETS
 from s2ft_diffusion.dreambooth.arguments import amount
+from s2ft_diffusion.rearrange import Rearrangement
+from s2ft_diffusion.spectrum import sample_positions
 
 from .measure import alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights
@@ -48,11 +50,34 @@ def configs(targets: list[str], n: int | float) -> dict[str, Any]:
     }
 
 
+def place_anywhere(model: nn.Module) -> None:
+    """Give S2FT layers random orders, signs and positions, as a prior would: without one, nothing is rearranged."""
+
+    def axis(length: int, *, moved: bool, signs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        sign = torch.randint(0, 2, (length,), dtype=torch.int8) * 2 - 1
+        order = torch.randperm(length, dtype=torch.int32) if moved else torch.arange(length, dtype=torch.int32)
+        return order, sign if signs and moved else torch.ones_like(sign)
+
+    torch.manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, S2FTLayer):
+            for name, delta in layer.s2ft_delta.items():
+                config = layer.s2ft_config[name]
+                (rows, row_sign), (columns, column_sign) = (
+                    axis(length, moved=moved, signs=config.signs)
+                    for length, moved in zip(delta.shape, (True, layer.rearranges_columns), strict=True)
+                )
+                kind, count = config.coefficients, len(delta.positions)
+                positions = sample_positions(count, delta.shape, kind=kind, sampling="random")
+                delta.place(positions, Rearrangement(rows, columns, row_sign, column_sign))
+
+
 def prepare(model: nn.Module, config: Any, args: argparse.Namespace) -> tuple[Callable[[], None], int]:
     """One training step of a model with an adapter, and the numbers it trains."""
     model = sharing_weights(model)
     if config is not None:
         inject_adapter_in_model(config, model)
+        place_anywhere(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()

@@ -28,7 +28,7 @@ from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.prior import estimate_prior
 from s2ft_diffusion.sources import find_adapter_file, read_any_adapter
-from s2ft_diffusion.spectrum import delta_weight, index_spectrum
+from s2ft_diffusion.spectrum import delta_weight
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 
 from . import energy
@@ -227,8 +227,8 @@ def describe_adapter(adapter: Adapter, truth: Mapping[str, torch.Tensor]) -> dic
     for name, layer in adapter.layers.get("unet", {}).items():
         kind = "complex" if layer.coefficients.ndim == 2 else "real"
         reached.append(energy.share_reached(truth[name], layer.positions, layer.rearrangement, kind))
-        index = index_spectrum(layer.positions, layer.shape)
-        change = delta_weight(layer.coefficients.float(), index, layer.rearrangement, adapter.configs["unet"].norm)
+        norm = adapter.configs["unet"].norm
+        change = delta_weight(layer.coefficients.float(), layer.positions, layer.rearrangement, norm)
         likeness.append(_cosine(change, truth[name]))
     return {"reached": statistics.fmean(reached), "cosine": statistics.fmean(likeness)}
 

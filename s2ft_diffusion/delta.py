@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from .config import S2FTConfig
+from .cuda_graphs import GraphedTransform, graphs_apply
 from .delta_cache import delta_cache
 from .product import ProductIndex, index_product, prefers_spectrum, spectral_product
 from .rearrange import Rearrangement
-from .spectrum import SpectrumIndex, delta_weight, index_dtype, index_spectrum
+from .spectrum import SpectrumIndex, index_dtype, index_spectrum, inverse_transform
 
 
 class SpectralDelta(nn.Module):
@@ -21,9 +22,9 @@ class SpectralDelta(nn.Module):
     (d,) and `column_order` (k,) int32, or int16 with the config's `inference_mode` where no side is longer than 32,767
     (there may be a hundred adapters, but process groups know no int16); `row_sign` (d,) and `column_sign` (k,) int8.
 
-    Calling it gives the unscaled (d, k) weight change in float32 (float64 for float64 coefficients), or, with inputs
-    (..., k), their product (..., d) with it. A module, so that whatever moves a module's weights around its call
-    (offloading, sharding) finds it.
+    Calling it gives the (d, k) weight change times `scale`, in `dtype` or float32 (float64 for float64 coefficients),
+    or, with inputs (..., k), their product (..., d) with it. A module, so that whatever moves a module's weights around
+    its call (offloading, sharding) finds it.
     """
 
     def __init__(self, shape: tuple[int, int], config: S2FTConfig, positions: torch.Tensor) -> None:
@@ -42,6 +43,7 @@ class SpectralDelta(nn.Module):
         self.register_buffer("row_sign", identity.row_sign)
         self.register_buffer("column_sign", identity.column_sign)
         self._indexes: dict[type, tuple[list[tuple[torch.Tensor, int, torch.device]], Any]] | None = None
+        self._graphed: dict[torch.dtype, GraphedTransform | None] = {}
 
     @property
     def rearrangement(self) -> Rearrangement:
@@ -54,7 +56,11 @@ class SpectralDelta(nn.Module):
         for name in ("row_order", "column_order", "row_sign", "column_sign"):
             getattr(self, name).copy_(getattr(rearrangement, name))
         self.coefficients.zero_()
+        self._forget_indexes()
+
+    def _forget_indexes(self) -> None:
         self._indexes = None
+        self._graphed.clear()
 
     def _indexed(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
         """The index made of the buffers, kept in training until a buffer has changed or moved.
@@ -62,7 +68,7 @@ class SpectralDelta(nn.Module):
         Not in sampling: a pipeline may hold many adapters, and an index takes more room than what it is made from.
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.positions.is_inference():
-            self._indexes = None
+            self._forget_indexes()
             return self._index(kind)
         state = [(buffer, buffer._version, buffer.device) for buffer in self._buffers.values()]
         indexes = self._indexes
@@ -77,29 +83,44 @@ class SpectralDelta(nn.Module):
         return index
 
     def _index(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
-        if kind is SpectrumIndex:
-            return index_spectrum(self.positions, self.shape), self.rearrangement
-        return index_product(self.positions, self.rearrangement, self.norm, real=self.coefficients.ndim == 1)
+        make = index_spectrum if kind is SpectrumIndex else index_product
+        return make(self.positions, self.rearrangement, self.norm, real=self.coefficients.ndim == 1)
 
-    def forward(self, x: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor | None = None, scale: float = 1.0, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         coefficients = self.coefficients
         if coefficients.dtype != torch.float64:
             coefficients = coefficients.float()  # no transform exists in half precision
+        if x is None and graphs_apply(coefficients, self.shape):
+            return self._graph(dtype or coefficients.dtype)(coefficients, scale)
+        if scale != 1.0:  # here, where there are the fewest numbers
+            coefficients = coefficients * scale
         if x is not None:
             return spectral_product(x, coefficients, self._indexed(ProductIndex))
-        index, rearrangement = self._indexed(SpectrumIndex)
-        return delta_weight(coefficients, index, rearrangement, self.norm)
+        return inverse_transform(coefficients, self._indexed(SpectrumIndex), dtype)
+
+    def _graph(self, dtype: torch.dtype) -> GraphedTransform:
+        """The transform as a graph, recorded anew where the index is another one than it was recorded with."""
+        index = self._indexed(SpectrumIndex)
+        graphed = self._graphed.get(dtype)
+        if graphed is None or graphed.index is not index:
+            graphed = self._graphed[dtype] = GraphedTransform(self.coefficients, index, dtype)
+        return graphed
 
     def prefers_product(self, x: torch.Tensor) -> bool:
         """Whether to multiply inputs x (..., in_features) in the spectrum, where the dense change is for them alone."""
         if torch.compiler.is_compiling():
             return False
-        return prefers_spectrum(x.numel() // x.shape[-1], len(self.positions), self.shape)
+        return prefers_spectrum(x.numel() // x.shape[-1], len(self.positions), self.shape, x.device.type)
 
-    def kept(self) -> torch.Tensor:
-        """The same weight change, made once and kept until something it depends on has changed."""
+    def kept(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The same weight change, made once and kept until what it depends on has changed; then scaled and cast."""
         sources = self.sources()
-        return self() if sources is None else delta_cache.get(self, None, sources, self)
+        if sources is None:
+            return self(scale=scale, dtype=dtype)
+        delta = delta_cache.get(self, None, sources, self)
+        return (delta if scale == 1.0 else delta * scale).to(dtype or delta.dtype)
 
     def sources(self) -> list[torch.Tensor] | None:
         """What the weight change depends on; None where something made from it could not be kept right.

@@ -191,15 +191,19 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         return delta_cache.get(self, (kind, *scales.items()), sources, make)
 
     def _fused_weight(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
+        deltas = self.s2ft_delta
         for name, scale in scales.items():
-            delta = self.s2ft_delta[name].kept().view(self._weight_shape)
-            # Adding in one pass where no graph needs the product.
-            weight = weight + delta * scale if torch.is_grad_enabled() else torch.add(weight, delta, alpha=scale)
+            if torch.is_grad_enabled():
+                weight = weight + deltas[name].kept(scale).view(self._weight_shape)
+            else:  # of what may be kept, scaling and adding in one pass
+                weight = torch.add(weight, deltas[name].kept().view(self._weight_shape), alpha=scale)
         return weight
 
     def _active_delta(self, scales: dict[str, float], dtype: torch.dtype) -> torch.Tensor:
-        deltas = [self.s2ft_delta[name].kept() * scale for name, scale in scales.items()]
-        return sum(deltas[1:], start=deltas[0]).to(dtype).view(self._weight_shape)
+        if len(scales) > 1:  # summed before they are rounded
+            return sum(self.s2ft_delta[name].kept(scale) for name, scale in scales.items()).to(dtype)
+        ((name, scale),) = scales.items()
+        return self.s2ft_delta[name].kept(scale, dtype)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Called some thousand times an image: attributes of modules are looked up no more often than needed.
@@ -215,7 +219,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
             delta_cache.drop(self)
             result = base(x, *args, **kwargs)
             for name, scale in scales.items():
-                result = result + (self.s2ft_delta[name](x) * scale).to(result.dtype)
+                result = result + self.s2ft_delta[name](x, scale).to(result.dtype)
             return result
         if self._is_plain(base, x):
             weight = base._parameters["weight"]
@@ -224,7 +228,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         result = base(x, *args, **kwargs)
         dtype = result.dtype
         delta = self._kept(scales, None, dtype, lambda: self._active_delta(scales, dtype))
-        return result + self._multiply(x.to(dtype), delta, None)
+        return result + self._multiply(x.to(dtype), delta.view(self._weight_shape), None)
 
     def _is_plain(self, base: nn.Module, x: torch.Tensor) -> bool:
         """Whether calling `base` is nothing but a product in float32: no other adapter, no hook, no cast in between."""

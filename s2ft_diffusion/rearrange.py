@@ -56,56 +56,92 @@ class Rearrangement:
 
     def apply_columns(self, latent: torch.Tensor) -> torch.Tensor:
         """The columns of a matrix (n, k) from the latent order to the weight's."""
-        return _take_columns(latent, self._places()[1]).mul_(_signs_for(latent, self.column_sign))
+        return self._columns().to_weight(latent, 1)
 
     def invert_columns(self, weight: torch.Tensor) -> torch.Tensor:
         """The inverse, and adjoint, of `apply_columns`."""
-        return _take_columns(weight, self.column_order).mul_(_signs_for(weight, self._signs()[1]))
+        return self._columns().to_latent(weight, 1)
 
     # And along the first, of vectors that are the columns of a matrix: T(latent) @ x is
     # scatter_rows(latent @ gather_columns(x)).
 
     def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs (k, tokens) of a layer, brought into the latent matrix's order and signs."""
-        return x.index_select(0, self.column_order).mul_(_signs_for(x, self._signs()[1])[:, None])
+        return self._columns().to_latent(x, 0)
 
     def scatter_columns(self, latent: torch.Tensor) -> torch.Tensor:
         """The inverse, and adjoint, of `gather_columns`."""
-        return latent.index_select(0, self._places()[1]).mul_(_signs_for(latent, self.column_sign)[:, None])
+        return self._columns().to_weight(latent, 0)
 
     def gather_rows(self, y: torch.Tensor) -> torch.Tensor:
         """Outputs (d, tokens) of a layer, brought into the latent matrix's order and signs."""
-        return y.index_select(0, self.row_order).mul_(_signs_for(y, self._signs()[0])[:, None])
+        return self._rows().to_latent(y, 0)
 
     def scatter_rows(self, latent: torch.Tensor) -> torch.Tensor:
         """The inverse, and adjoint, of `gather_rows`."""
-        return latent.index_select(0, self._places()[0]).mul_(_signs_for(latent, self.row_sign)[:, None])
+        return self._rows().to_weight(latent, 0)
 
     # A cached property cannot be traced, its function can.
 
-    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._find_places() if torch.compiler.is_compiling() else self._known_places
+    def _rows(self) -> _Axis:
+        return self._find_rows() if torch.compiler.is_compiling() else self._known_rows
 
-    def _signs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._find_signs() if torch.compiler.is_compiling() else self._known_signs
+    def _columns(self) -> _Axis:
+        return self._find_columns() if torch.compiler.is_compiling() else self._known_columns
 
-    def _find_places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.argsort(self.row_order), torch.argsort(self.column_order)
+    def _find_rows(self) -> _Axis:
+        return _Axis.of(self.row_order, self.row_sign)
 
-    def _find_signs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.row_sign[self.row_order], self.column_sign[self.column_order]
+    def _find_columns(self) -> _Axis:
+        return _Axis.of(self.column_order, self.column_sign)
 
-    _known_places = cached_property(_find_places)
-    _known_signs = cached_property(_find_signs)
-
-
-def _take_columns(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    # What index_select does along the last dimension, in two thirds of its time on a CPU.
-    return matrix.gather(1, order.long().expand(len(matrix), -1))
+    _known_rows = cached_property(_find_rows)
+    _known_columns = cached_property(_find_columns)
 
 
-def _signs_for(matrix: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-    return signs.to(matrix.real.dtype)
+@dataclass(frozen=True)
+class _Axis:
+    """One dimension's order and signs in the forms that moving takes: a training step moves every layer's four times.
+
+    `order` and `place` (n,) are the permutation and its inverse, `weight_sign` and `latent_sign` (n,) the signs of what
+    arrives in either order. None where there is nothing to do.
+    """
+
+    order: torch.Tensor | None
+    place: torch.Tensor | None
+    weight_sign: torch.Tensor | None
+    latent_sign: torch.Tensor | None
+
+    @classmethod
+    def of(cls, order: torch.Tensor, sign: torch.Tensor) -> _Axis:
+        order = order.long()
+        place = torch.argsort(order)
+        latent_sign = sign[order]
+        if not torch.compiler.is_compiling():  # what a traced graph does cannot depend on data
+            if torch.equal(place, torch.arange(len(place), device=place.device)):
+                order = place = None
+            if not bool((sign < 0).any()):
+                sign = latent_sign = None
+        return cls(order, place, sign, latent_sign)
+
+    def to_weight(self, matrix: torch.Tensor, dim: int) -> torch.Tensor:
+        return _move(matrix, self.place, self.weight_sign, dim)
+
+    def to_latent(self, matrix: torch.Tensor, dim: int) -> torch.Tensor:
+        return _move(matrix, self.order, self.latent_sign, dim)
+
+
+def _move(matrix: torch.Tensor, order: torch.Tensor | None, sign: torch.Tensor | None, dim: int) -> torch.Tensor:
+    """A matrix with its rows (dim 0) or columns (dim 1) reordered, then negated; itself where there is neither."""
+    if order is not None:
+        # Along the last dimension `gather` does what index_select does in two thirds of its time on a CPU.
+        moved = matrix.index_select(0, order) if dim == 0 else matrix.gather(1, order.expand(len(matrix), -1))
+    else:
+        moved = matrix
+    if sign is None:
+        return moved
+    sign = sign if dim == 1 else sign[:, None]
+    return moved * sign if moved is matrix else moved.mul_(sign)
 
 
 def find_rearrangement(

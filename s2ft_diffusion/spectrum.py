@@ -26,26 +26,33 @@ Norm = Literal["backward", "ortho"]
 Sampling = Literal["power", "top", "low_frequency", "random"]
 
 LOW_FREQUENCY_WIDTH = 0.1  # standard deviation of the "low_frequency" density, in cycles per row or column
-_ADJOINT_NORM = {"backward": "forward", "ortho": "ortho"}
+MOST_COLUMNS = 0.75  # of the half spectrum; above, leaving out those that hold nothing does not pay
 
 
 @dataclass(frozen=True)
 class SpectrumIndex:
-    """Where coefficients go in the half spectrum (d, k // 2 + 1) of a real inverse transform.
+    """What `inverse_transform` needs of positions, rearrangement and normalisation.
 
-    `columns` (w,) are those of the half spectrum that hold any; places count in a (d, w) matrix of them alone.
-    `gather` (m,) is each coefficient's own place; `scatter` (m + r,) repeats those whose conjugate is in the half
-    spectrum too (columns 0 and k / 2), `source` (m + r,) says which coefficient each entry takes and `weight`
-    (m + r, 2) the factors of its real and imaginary part. `phase` (m,) is -1 where the half spectrum holds the mirror.
+    Coefficients go into the half spectrum of a real inverse transform, stored column by column: (w, d), of the
+    `columns` (w,) that hold any, or of all k // 2 + 1 where nearly all do (None). Numbers are counted flat, a complex
+    one as two: entry i of the spectrum's `scatter` (e,) takes coefficient number `source[i]` times `factor[i]`, more
+    than once for those whose conjugate is in the half spectrum too (columns 0 and k / 2). `gather` (numbers,) is each
+    coefficient's own place, and its gradient what is found there times `phase`. `scale` is the norm's.
     """
 
     shape: tuple[int, int]
-    columns: torch.Tensor
-    gather: torch.Tensor
-    phase: torch.Tensor
+    rearrangement: Rearrangement
+    columns: torch.Tensor | None
     scatter: torch.Tensor
     source: torch.Tensor
-    weight: torch.Tensor
+    factor: torch.Tensor
+    gather: torch.Tensor
+    phase: torch.Tensor
+    scale: float
+
+    @property
+    def width(self) -> int:
+        return self.shape[1] // 2 + 1 if self.columns is None else len(self.columns)
 
 
 def index_dtype(shape: tuple[int, int]) -> torch.dtype:
@@ -64,90 +71,118 @@ def half_plane(positions: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.T
     return torch.where(mirrored, -u % d, u), torch.where(mirrored, k - v, v), mirrored
 
 
-def index_spectrum(positions: torch.Tensor, shape: tuple[int, int]) -> SpectrumIndex:
-    """Prepare `positions` (m, 2) of a (d, k) spectrum for `delta_weight`."""
+def transform_scale(shape: tuple[int, int], norm: Norm) -> float:
+    """What an inverse transform of a (d, k) spectrum multiplies by."""
     d, k = shape
+    return (d * k) ** -0.5 if norm == "ortho" else 1.0 / (d * k)
+
+
+def index_spectrum(positions: torch.Tensor, rearrangement: Rearrangement, norm: Norm, *, real: bool) -> SpectrumIndex:
+    """Prepare `positions` (m, 2) for `inverse_transform`; `real` says of which kind the coefficients are."""
+    d, k = shape = len(rearrangement.row_order), len(rearrangement.column_order)
     u, v, mirrored = half_plane(positions, shape)
-    phase = torch.where(mirrored, -1.0, 1.0)
     # A traced graph needs sizes that do not depend on data: there, all columns take part, and below all coefficients.
     traced = torch.compiler.is_compiling()
-    columns, place = (torch.arange(k // 2 + 1, device=v.device), v) if traced else v.unique(return_inverse=True)
-    width = len(columns)
-    gather = u * width + place
+    columns, place = (None, v) if traced else v.unique(return_inverse=True)
+    if columns is not None and len(columns) > MOST_COLUMNS * (k // 2 + 1):
+        columns, place = None, v
     # In columns 0 and k/2 the half spectrum holds both conjugates, and the inverse transform wants them both.
     in_both = (v == 0) | (2 * v == k)
     everything = torch.arange(len(u), device=positions.device)
-    doubled = everything if traced else everything[in_both]  # where all take part, the others with weight 0
-    conjugate = (-u[doubled] % d) * width + place[doubled]
-    own = torch.stack([torch.full_like(phase, 0.5), 0.5 * phase], dim=1)
+    doubled = everything if traced else everything[in_both]  # where all take part, the others with factor 0
+    scatter = torch.cat([place * d + u, place[doubled] * d + -u[doubled] % d])
+    source = torch.cat([everything, doubled])
+    sign = torch.where(mirrored, -1.0, 1.0)
+    own = torch.stack([torch.ones_like(sign), sign], dim=1)
     other = own[doubled] * in_both[doubled, None] * torch.tensor([1.0, -1.0], device=positions.device)
+    part = torch.arange(1 if real else 2, device=positions.device)
     return SpectrumIndex(
         shape=shape,
+        rearrangement=rearrangement,
         columns=columns,
-        gather=gather,
-        phase=phase,
-        scatter=torch.cat([gather, conjugate]),
-        source=torch.cat([everything, doubled]),
-        weight=torch.cat([own, other]),
+        scatter=(2 * scatter[:, None] + part).flatten(),
+        source=(len(part) * source[:, None] + part).flatten(),
+        factor=(0.5 * torch.cat([own, other])[:, part]).flatten(),
+        gather=(2 * (place * d + u)[:, None] + part).flatten(),
+        phase=own[:, part].flatten(),
+        scale=transform_scale(shape, norm),
     )
 
 
 def delta_norm(coefficients: torch.Tensor, positions: torch.Tensor, shape: tuple[int, int], norm: Norm) -> float:
     """The Frobenius norm of the weight change, from its spectrum (Parseval)."""
     d, k = shape
-    index = index_spectrum(positions, shape)
-    pairs = coefficients if coefficients.ndim == 2 else torch.stack([coefficients, torch.zeros_like(coefficients)], 1)
+    index = index_spectrum(positions, Rearrangement.identity(d, k), norm, real=coefficients.ndim == 1)
     places, inverse = index.scatter.unique(return_inverse=True)
-    half = torch.zeros(len(places), 2, dtype=torch.float64)
-    half.index_add_(0, inverse, (pairs[index.source] * index.weight).double())
-    column = index.columns[places % len(index.columns)]
+    half = torch.zeros(len(places), dtype=torch.float64)
+    values = coefficients.flatten()[index.source].double() * index.factor
+    half.index_add_(0, inverse, values, alpha=index.scale)
+    column = places // (2 * d)
+    column = column if index.columns is None else index.columns[column]
     twice = torch.where((column == 0) | (2 * column == k), 1.0, 2.0)
-    energy = float((half.square().sum(1) * twice).sum())
-    return math.sqrt(energy if norm == "ortho" else energy / (d * k))
+    return math.sqrt(float((half.square() * twice).sum()) * d * k)
+
+
+def transform(coefficients: torch.Tensor, index: SpectrumIndex, dtype: torch.dtype) -> torch.Tensor:
+    """The (d, k) weight change of coefficients, in `dtype`: `inverse_transform` without a gradient.
+
+    A small layer's time is that of calling its operators, so there are as few as can be; a large one's is that of
+    passing over its elements, so what can be done in the precision that is asked for is.
+    """
+    d, k = index.shape
+    values = coefficients.reshape(-1).index_select(0, index.source).mul_(index.factor)
+    half = coefficients.new_zeros(2 * index.width * d).index_add_(0, index.scatter, values, alpha=index.scale)
+    # One dimension after the other: the first needs no columns that are zero, and rows are moved in between, where
+    # there is least to move.
+    spectrum = torch.fft.ifft(torch.view_as_complex(half.view(-1, d, 2)), dim=1, norm="forward").T
+    spectrum = index.rearrangement.scatter_rows(spectrum)
+    if index.columns is not None:
+        spectrum = spectrum.new_zeros(d, k // 2 + 1).index_copy_(1, index.columns, spectrum)
+    latent = torch.fft.irfft(spectrum, n=k, dim=1, norm="forward")
+    return index.rearrangement.apply_columns(latent.to(dtype))
+
+
+def adjoint_transform(grad: torch.Tensor, index: SpectrumIndex, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of coefficients, flat and in their `dtype`, from that of their weight change (d, k)."""
+    latent = index.rearrangement.invert_columns(grad).to(dtype)
+    spectrum = torch.fft.rfft(latent, dim=1)
+    if index.columns is not None:
+        spectrum = spectrum.index_select(1, index.columns)
+    spectrum = torch.fft.fft(index.rearrangement.gather_rows(spectrum), dim=0)
+    found = torch.view_as_real(spectrum.T.contiguous()).view(-1).index_select(0, index.gather)
+    return found.mul_(index.phase).mul_(index.scale)
 
 
 class _InverseTransform(torch.autograd.Function):
-    """T(Re(IDFT2(F))), keeping no dense tensor for the backward pass: the adjoint is a transform of the gradient."""
+    """Keeps no dense tensor for the backward pass: the adjoint is a transform of the gradient."""
 
     @staticmethod
-    def forward(ctx, coefficients, index: SpectrumIndex, rearrangement: Rearrangement, norm: Norm):
-        ctx.index, ctx.rearrangement, ctx.norm, ctx.real = index, rearrangement, norm, coefficients.ndim == 1
-        d, k = index.shape
-        width = len(index.columns)
-        pairs = coefficients.unsqueeze(1) * coefficients.new_tensor([1.0, 0.0]) if ctx.real else coefficients
-        half = coefficients.new_zeros(d * width, 2)
-        half.index_add_(0, index.scatter, pairs[index.source] * index.weight.to(pairs.dtype))
-        # One dimension after the other: the first needs no columns that are zero, and rows are moved in between, where
-        # there is least to move.
-        spectrum = torch.fft.ifft(torch.view_as_complex(half).view(d, width), dim=0, norm=norm)
-        spectrum = rearrangement.scatter_rows(spectrum)
-        if width < k // 2 + 1:
-            spectrum = spectrum.new_zeros(d, k // 2 + 1).index_copy_(1, index.columns, spectrum)
-        return rearrangement.apply_columns(torch.fft.irfft(spectrum, n=k, dim=1, norm=norm))
+    def forward(ctx, coefficients, index: SpectrumIndex, dtype: torch.dtype):
+        ctx.index, ctx.shape, ctx.dtype = index, coefficients.shape, coefficients.dtype
+        return transform(coefficients, index, dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        index, rearrangement, adjoint = ctx.index, ctx.rearrangement, _ADJOINT_NORM[ctx.norm]
-        spectrum = torch.fft.rfft(rearrangement.invert_columns(grad), dim=1, norm=adjoint)
-        if len(index.columns) < spectrum.shape[1]:
-            spectrum = spectrum.index_select(1, index.columns)
-        spectrum = torch.fft.fft(rearrangement.gather_rows(spectrum), dim=0, norm=adjoint)
-        spectrum = spectrum.flatten()[index.gather]
-        if ctx.real:
-            return spectrum.real.contiguous(), None, None, None
-        phase = index.phase.to(grad.dtype)
-        return torch.stack([spectrum.real, spectrum.imag * phase], dim=1), None, None, None
+        return adjoint_transform(grad, ctx.index, ctx.dtype).view(ctx.shape), None, None
 
 
-def delta_weight(
-    coefficients: torch.Tensor, index: SpectrumIndex, rearrangement: Rearrangement, norm: Norm
+def inverse_transform(
+    coefficients: torch.Tensor, index: SpectrumIndex, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """The unscaled weight change T(Re(IDFT2(F))) of Eq. 3, shape (d, k), differentiable in the coefficients.
 
-    `coefficients` has shape (m,) for "real" and (m, 2) for "complex", in float32 or float64. Made by the inverse real
-    transform of F's Hermitian part, which equals Re(IDFT2(F)) at half the arithmetic.
+    `coefficients` has shape (m,) for "real" and (m, 2) for "complex", in float32 or float64; the weight change has
+    `dtype`, or theirs. Made by the inverse real transform of F's Hermitian part, which equals Re(IDFT2(F)) at half the
+    arithmetic.
     """
-    return _InverseTransform.apply(coefficients, index, rearrangement, norm)
+    return _InverseTransform.apply(coefficients, index, dtype or coefficients.dtype)
+
+
+def delta_weight(
+    coefficients: torch.Tensor, positions: torch.Tensor, rearrangement: Rearrangement, norm: Norm
+) -> torch.Tensor:
+    """`inverse_transform` of coefficients (m,) or (m, 2) at `positions` (m, 2), for those who need it once."""
+    return inverse_transform(coefficients, index_spectrum(positions, rearrangement, norm, real=coefficients.ndim == 1))
 
 
 def distinct_positions(shape: tuple[int, int], kind: CoefficientKind) -> int:

@@ -29,7 +29,7 @@ from s2ft_diffusion.adapter_file import (
     write_adapter,
 )
 from s2ft_diffusion.rearrange import find_rearrangement
-from s2ft_diffusion.spectrum import count_positions, delta_weight, index_spectrum, sample_positions
+from s2ft_diffusion.spectrum import count_positions, delta_weight, sample_positions
 
 
 def make_layer(shape=(24, 17), n_frequency=60, kind="complex", seed=0) -> LayerWeights:
@@ -99,8 +99,7 @@ def test_types_of_coefficients(tmp_path, dtype, error, kind) -> None:
 
 
 def dense(layer: LayerWeights, norm: str) -> torch.Tensor:
-    index = index_spectrum(layer.positions, layer.shape)
-    return delta_weight(layer.coefficients.double(), index, layer.rearrangement, norm)
+    return delta_weight(layer.coefficients.double(), layer.positions, layer.rearrangement, norm)
 
 
 def test_coefficients_that_do_not_fit(tmp_path) -> None:

@@ -17,9 +17,9 @@ def layer(two_layers, monkeypatch):
     two_layers.first.transforms = []
     original = SpectralDelta.forward
 
-    def counting(self, x=None):
+    def counting(self, *args, **kwargs):
         two_layers.first.transforms.append(1)
-        return original(self, x)
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(SpectralDelta, "forward", counting)
     return two_layers.first

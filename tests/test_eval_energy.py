@@ -12,7 +12,7 @@ pytest.importorskip("open_clip")
 from eval import energy
 from eval.constructions import constructions
 from s2ft_diffusion.rearrange import Rearrangement, find_rearrangement
-from s2ft_diffusion.spectrum import delta_weight, index_spectrum, sample_positions
+from s2ft_diffusion.spectrum import delta_weight, sample_positions
 
 SHAPES = [(12, 15), (12, 16), (13, 15), (13, 16)]
 
@@ -23,9 +23,7 @@ def change(kind: str, shape: tuple[int, int], count: int = 9) -> tuple[torch.Ten
     positions = sample_positions(count, shape, kind=kind, sampling="random", generator=generator)
     size = (count, 2) if kind == "complex" else (count,)
     rearrangement = find_rearrangement(torch.randn(shape, generator=generator), signs=True, generator=generator)
-    weight = delta_weight(
-        torch.randn(size, generator=generator), index_spectrum(positions, shape), rearrangement, "ortho"
-    )
+    weight = delta_weight(torch.randn(size, generator=generator), positions, rearrangement, "ortho")
     return weight, positions, rearrangement
 
 
@@ -51,7 +49,7 @@ def test_what_is_reached_is_a_least_squares_fit(shape) -> None:
         basis = []
         for unit in torch.eye(8 * columns, dtype=torch.float64):
             coefficients = unit.view(8, 2) if kind == "complex" else unit
-            basis.append(delta_weight(coefficients, index_spectrum(positions, shape), identity, "ortho").flatten())
+            basis.append(delta_weight(coefficients, positions, identity, "ortho").flatten())
         matrix = torch.stack(basis, dim=1)
         fit = matrix @ torch.linalg.lstsq(matrix, weight.flatten(), driver="gelsd").solution
         expected = float(fit.square().sum() / weight.square().sum())

@@ -15,7 +15,6 @@ from s2ft_diffusion.spectrum import (
     count_positions,
     delta_weight,
     distinct_positions,
-    index_spectrum,
     sample_positions,
 )
 
@@ -57,7 +56,7 @@ def test_delta_equals_the_equations_at_every_position(shape, kind, norm) -> None
     positions = sample_positions(count, shape, kind=kind, sampling="random")
     coefficients = torch.randn((count,) if kind == "real" else (count, 2), dtype=torch.float64)
     rearrangement = some_rearrangement(shape)
-    delta = delta_weight(coefficients, index_spectrum(positions, shape), rearrangement, norm)
+    delta = delta_weight(coefficients, positions, rearrangement, norm)
     torch.testing.assert_close(delta, reference(coefficients, positions, rearrangement, shape, norm))
 
 
@@ -66,11 +65,11 @@ def test_delta_equals_the_equations_at_every_position(shape, kind, norm) -> None
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient(shape, kind, norm) -> None:
     count = distinct_positions(shape, kind)
-    index = index_spectrum(sample_positions(count, shape, kind=kind, sampling="random"), shape)
+    positions = sample_positions(count, shape, kind=kind, sampling="random")
     size = (count,) if kind == "real" else (count, 2)
     coefficients = torch.randn(size, dtype=torch.float64, requires_grad=True)
     rearrangement = some_rearrangement(shape)
-    assert torch.autograd.gradcheck(lambda c: delta_weight(c, index, rearrangement, norm), coefficients)
+    assert torch.autograd.gradcheck(lambda c: delta_weight(c, positions, rearrangement, norm), coefficients)
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,7 +87,7 @@ def test_any_shape_and_count(d, k, kind, norm, share, seed) -> None:
     positions = sample_positions(count, shape, kind=kind, sampling="random", generator=generator)
     coefficients = torch.randn((count,) if kind == "real" else (count, 2), dtype=torch.float64, generator=generator)
     rearrangement = some_rearrangement(shape, seed)
-    delta = delta_weight(coefficients, index_spectrum(positions, shape), rearrangement, norm)
+    delta = delta_weight(coefficients, positions, rearrangement, norm)
     torch.testing.assert_close(delta, reference(coefficients, positions, rearrangement, shape, norm))
     torch.testing.assert_close(rearrangement.apply(rearrangement.invert(delta)), delta, rtol=0, atol=0)
 
@@ -135,8 +134,7 @@ def test_top_takes_the_largest_once(kind, shape) -> None:
     d, k = shape
     chosen = sample_positions(12, shape, kind=kind, sampling="random", generator=torch.Generator().manual_seed(1))
     size = (len(chosen), 2) if kind == "complex" else (len(chosen),)
-    index = index_spectrum(chosen, shape)
-    latent = delta_weight(10 + torch.rand(size), index, Rearrangement.identity(*shape), "ortho")
+    latent = delta_weight(10 + torch.rand(size), chosen, Rearrangement.identity(*shape), "ortho")
     latent = latent + 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
     found = sample_positions(13 * len(chosen), shape, kind=kind, sampling="top", latent=latent).tolist()
     pairs = {frozenset({(u, v), (-u % d, -v % k)}) for u, v in found}
@@ -209,7 +207,7 @@ def test_reduces_to_fourierft() -> None:
     theirs = layer.get_delta_weight("default")
     ours = 7.0 * delta_weight(
         layer.fourierft_spectrum["default"],
-        index_spectrum(layer.indices["default"].T, (31, 24)),
+        layer.indices["default"].T,
         Rearrangement.identity(31, 24),
         "backward",
     )
