@@ -1,7 +1,8 @@
 """Denoisers by their published shapes, with random weights: nothing is downloaded.
 
-`sd15`, `sdxl` and `klein` (FLUX.2-klein-4B) are the real sizes; `klein-blocks` has one of klein's five double blocks and
-four of its twenty single ones, and is built in a fifth of the time; `-small` ones have the same structure and run anywhere.
+`sd15`, `sdxl` and `klein` (FLUX.2-klein-4B) are the real sizes; `klein-blocks` has one of klein's five double blocks
+and four of its twenty single ones, and is built in a fifth of the time; `-small` ones have the same structure and run
+anywhere.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Training on a GPU: a layer's transform, and its adjoint, each recorded once as a CUDA graph and then replayed.
 
 A transform is a dozen kernels, each too small to keep a GPU busy while the next is launched; a graph launches all of
-them at once. It computes what `inverse_transform` does. `enabled = False` turns it off.
+them at once. It computes what `inverse_transform` does. `enabled = False` turns it off. Graphs use cuFFT's plans: they
+must not outlive `torch.backends.cuda.cufft_plan_cache.clear()`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -55,10 +56,22 @@ def _workspace(shape: tuple[int, int], dtype: torch.dtype, device: torch.device)
     return found
 
 
-@cache
-def _memory_pool(device: torch.device) -> Any:
-    """What graphs allocate while they run. They run one after the other, so that one pool serves them all."""
-    return torch.cuda.graph_pool_handle()
+class _MemoryPool:
+    """What graphs allocate while they run. They run one after the other, so that one pool serves a GPU's; it is gone
+    with the last of them."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+
+
+_pools: WeakValueDictionary[torch.device, _MemoryPool] = WeakValueDictionary()
+
+
+def _memory_pool(device: torch.device) -> _MemoryPool:
+    found = _pools.get(device)
+    if found is None:
+        found = _pools[device] = _MemoryPool()
+    return found
 
 
 class GraphedTransform:
@@ -71,6 +84,7 @@ class GraphedTransform:
         self.coefficients = torch.zeros_like(coefficients, dtype=torch.float32)
         self.found = torch.empty_like(self.coefficients)
         self.workspace = _workspace(index.shape, dtype, device)
+        self.pool = _memory_pool(device)
         self.index = index  # which the graphs read from
         self.forward = self._record(
             device, lambda: self.workspace.delta.copy_(transform(self.coefficients, index, dtype))
@@ -80,15 +94,14 @@ class GraphedTransform:
             lambda: self.found.view(-1).copy_(adjoint_transform(self.workspace.grad, index, torch.float32)),
         )
 
-    @staticmethod
-    def _record(device: torch.device, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    def _record(self, device: torch.device, run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run()  # makes plans of transforms, which cannot be made while recording
-                graph.capture_begin(pool=_memory_pool(device), capture_error_mode="thread_local")
+                graph.capture_begin(pool=self.pool.handle, capture_error_mode="thread_local")
                 try:
                     run()
                 finally:
@@ -99,6 +112,23 @@ class GraphedTransform:
     def __call__(self, coefficients: torch.Tensor, scale: float) -> torch.Tensor:
         """The weight change (d, k) times `scale`, differentiable in the coefficients."""
         return _Replay.apply(coefficients, self, scale)
+
+    @classmethod
+    def try_to_record(
+        cls, coefficients: torch.Tensor, index: SpectrumIndex, dtype: torch.dtype
+    ) -> GraphedTransform | None:
+        """None, and graphs off with a warning, where recording fails: training goes on without."""
+        global enabled
+        try:
+            return cls(coefficients, index, dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            enabled = False
+            warnings.warn(
+                f"Transforms cannot be recorded as CUDA graphs here; training is slower: {error}", stacklevel=2
+            )
+            return None
 
     # A graph cannot be copied; whoever has a copy of its layer records another.
 

@@ -93,19 +93,21 @@ class SpectralDelta(nn.Module):
         if coefficients.dtype != torch.float64:
             coefficients = coefficients.float()  # no transform exists in half precision
         if x is None and graphs_apply(coefficients, self.shape):
-            return self._graph(dtype or coefficients.dtype)(coefficients, scale)
+            graphed = self._graph(dtype or coefficients.dtype)
+            if graphed is not None:
+                return graphed(coefficients, scale)
         if scale != 1.0:  # here, where there are the fewest numbers
             coefficients = coefficients * scale
         if x is not None:
             return spectral_product(x, coefficients, self._indexed(ProductIndex))
         return inverse_transform(coefficients, self._indexed(SpectrumIndex), dtype)
 
-    def _graph(self, dtype: torch.dtype) -> GraphedTransform:
+    def _graph(self, dtype: torch.dtype) -> GraphedTransform | None:
         """The transform as a graph, recorded anew where the index is another one than it was recorded with."""
         index = self._indexed(SpectrumIndex)
         graphed = self._graphed.get(dtype)
         if graphed is None or graphed.index is not index:
-            graphed = self._graphed[dtype] = GraphedTransform(self.coefficients, index, dtype)
+            graphed = self._graphed[dtype] = GraphedTransform.try_to_record(self.coefficients, index, dtype)
         return graphed
 
     def prefers_product(self, x: torch.Tensor) -> bool:
