@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .config import S2FTConfig
-from .cuda_graphs import GraphedTransform, graphs_apply
+from .cuda_graphs import GraphedTransform, current_stream, graphs_apply
 from .delta_cache import delta_cache
 from .product import ProductIndex, index_product, prefers_spectrum, spectral_product
 from .rearrange import Rearrangement
@@ -43,7 +43,7 @@ class SpectralDelta(nn.Module):
         self.register_buffer("row_sign", identity.row_sign)
         self.register_buffer("column_sign", identity.column_sign)
         self._indexes: dict[type, tuple[list[tuple[torch.Tensor, int, torch.device]], Any]] | None = None
-        self._graphed: dict[torch.dtype, GraphedTransform | None] = {}
+        self._graphed: dict[torch.dtype, GraphedTransform | tuple[SpectrumIndex, int] | None] = {}
 
     @property
     def rearrangement(self) -> Rearrangement:
@@ -56,9 +56,10 @@ class SpectralDelta(nn.Module):
         for name in ("row_order", "column_order", "row_sign", "column_sign"):
             getattr(self, name).copy_(getattr(rearrangement, name))
         self.coefficients.zero_()
-        self._forget_indexes()
+        self.forget_indexes()
 
-    def _forget_indexes(self) -> None:
+    def forget_indexes(self) -> None:
+        """Let go of everything made for training."""
         self._indexes = None
         self._graphed.clear()
 
@@ -67,8 +68,9 @@ class SpectralDelta(nn.Module):
 
         Not in sampling: a pipeline may hold many adapters, and an index takes more room than what it is made from.
         """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or self.positions.is_inference():
-            self._forget_indexes()
+        training = torch.is_grad_enabled() or self.coefficients.requires_grad
+        if torch.compiler.is_compiling() or not training or self.positions.is_inference():
+            self.forget_indexes()
             return self._index(kind)
         state = [(buffer, buffer._version, buffer.device) for buffer in self._buffers.values()]
         indexes = self._indexes
@@ -92,7 +94,7 @@ class SpectralDelta(nn.Module):
         coefficients = self.coefficients
         if coefficients.dtype != torch.float64:
             coefficients = coefficients.float()  # no transform exists in half precision
-        if x is None and graphs_apply(coefficients, self.shape):
+        if x is None and graphs_apply(coefficients, self.shape) and not getattr(self, "_is_replica", False):
             graphed = self._graph(dtype or coefficients.dtype)
             if graphed is not None:
                 return graphed(coefficients, scale)
@@ -103,12 +105,16 @@ class SpectralDelta(nn.Module):
         return inverse_transform(coefficients, self._indexed(SpectrumIndex), dtype)
 
     def _graph(self, dtype: torch.dtype) -> GraphedTransform | None:
-        """The transform as a graph, recorded anew where the index is another one than it was recorded with."""
-        index = self._indexed(SpectrumIndex)
-        graphed = self._graphed.get(dtype)
-        if graphed is None or graphed.index is not index:
-            graphed = self._graphed[dtype] = GraphedTransform.try_to_record(self.coefficients, index, dtype)
-        return graphed
+        """The transform as a graph, from the second time on that it is wanted of the same index on the same stream."""
+        index, stream = self._indexed(SpectrumIndex), current_stream(self.coefficients.device)
+        known = self._graphed.get(dtype)
+        if isinstance(known, GraphedTransform) and known.index is index and known.stream == stream:
+            return known
+        if isinstance(known, tuple) and known[0] is index and known[1] == stream:
+            self._graphed[dtype] = known = GraphedTransform(self.coefficients, index, dtype, stream)
+            return known
+        self._graphed[dtype] = (index, stream)
+        return None
 
     def prefers_product(self, x: torch.Tensor) -> bool:
         """Whether to multiply inputs x (..., in_features) in the spectrum, where the dense change is for them alone."""
@@ -117,7 +123,10 @@ class SpectralDelta(nn.Module):
         return prefers_spectrum(x.numel() // x.shape[-1], len(self.positions), self.shape, x.device.type)
 
     def kept(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The same weight change, made once and kept until what it depends on has changed; then scaled and cast."""
+        """The same weight change, made once and kept until what it depends on has changed; then scaled and cast.
+
+        It may be what is kept itself: not to be changed in place.
+        """
         sources = self.sources()
         if sources is None:
             return self(scale=scale, dtype=dtype)

@@ -201,7 +201,8 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
 
     def _active_delta(self, scales: dict[str, float], dtype: torch.dtype) -> torch.Tensor:
         if len(scales) > 1:  # summed before they are rounded
-            return sum(self.s2ft_delta[name].kept(scale) for name, scale in scales.items()).to(dtype)
+            deltas = [self.s2ft_delta[name].kept(scale) for name, scale in scales.items()]
+            return sum(deltas[1:], start=deltas[0]).to(dtype)
         ((name, scale),) = scales.items()
         return self.s2ft_delta[name].kept(scale, dtype)
 
@@ -250,6 +251,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         delta_cache.drop(self)
         for delta in self.s2ft_delta.values():
             delta_cache.drop(delta)
+            delta.forget_indexes()
         return super()._apply(*args, **kwargs)
 
     def __repr__(self) -> str:

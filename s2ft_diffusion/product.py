@@ -101,7 +101,7 @@ class _SpectralProduct(torch.autograd.Function):
         ctx.index = index
         found = index.forward.times(_input_table(x, coefficients, index), coefficients.flatten())
         latent = torch.fft.fft(_as_complex(found), dim=0).real
-        return index.rearrangement.scatter_rows(latent).T
+        return index.rearrangement.scatter_rows(latent).contiguous().T
 
     @staticmethod
     def backward(ctx, grad):

@@ -45,7 +45,7 @@ class Rearrangement:
         )
 
     def apply(self, latent: torch.Tensor) -> torch.Tensor:
-        """T: a latent matrix (d, k) to the weight change (d, k)."""
+        """T: a latent matrix (d, k) to the weight change (d, k). Where nothing is moved, the very tensor."""
         return self.apply_columns(self.scatter_rows(latent))
 
     def invert(self, weight: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ class _Axis:
 
     @classmethod
     def of(cls, order: torch.Tensor, sign: torch.Tensor) -> _Axis:
-        order = order.long()
+        order, sign = order.long(), sign.clone()  # their own memory, wherever a module's buffers are moved meanwhile
         place = torch.argsort(order)
         latent_sign = sign[order]
         if not torch.compiler.is_compiling():  # what a traced graph does cannot depend on data
