@@ -182,6 +182,8 @@ def test_a_toybox_subject_is_judged_by_scenes_that_its_photos_do_not_show(tmp_pa
     assert {other.name for other in others} == SUBJECTS.keys() - {"perk"}
     args.subjects = ["mocha"]  # one of the further ones, which take part where they are named
     assert [other.name for other in find_subjects(args)[1]] == ["mocha"]
+    drawn = {path.name for path in (args.output_dir / "subjects").iterdir()}
+    assert drawn == {subject.name, "mocha", *(other.name for other in others)}  # no others' pictures are written
     held_out = subject.held_out()
     assert len(held_out) == 8
     assert {words for _, words in held_out}.isdisjoint(BACKGROUNDS[n] for n in SUBJECTS["perk"].photo_backgrounds())
