@@ -66,7 +66,8 @@ class SpectralDelta(nn.Module):
     def _indexed(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
         """The index made of the buffers, kept in training until a buffer has changed or moved.
 
-        Not in sampling: a pipeline may hold many adapters, and an index takes more room than what it is made from.
+        Training is where there are gradients, or would be. Not in sampling: a pipeline may hold many adapters, and an
+        index takes more room than what it is made from.
         """
         training = torch.is_grad_enabled() or self.coefficients.requires_grad
         if torch.compiler.is_compiling() or not training or self.positions.is_inference():

@@ -120,5 +120,9 @@ def test_an_index_is_kept_in_training_only() -> None:
     layer(x)
     assert next(iter(delta._indexes.values()))[1] is not first[1]
     with torch.no_grad():
+        layer(x)  # a look at how training goes
+        assert delta._indexes
+        delta.requires_grad_(False)
+        delta.coefficients.add_(1)
         layer(x)
     assert not delta._indexes
