@@ -109,6 +109,13 @@ def test_a_layer_gives_the_same_either_way(dtype, monkeypatch) -> None:
     assert (few_grad - many_grad).norm() <= tolerance * many_grad.norm()
 
 
+def test_on_a_gpu_the_largest_layers_alone_are_multiplied_in_the_spectrum() -> None:
+    assert prefers_spectrum(77, 4000, (1280, 1280))
+    assert not prefers_spectrum(77, 4000, (1280, 1280), "cuda")
+    assert prefers_spectrum(77, 1000, (27648, 3072), "cuda")
+    assert not prefers_spectrum(4096, 1000, (27648, 3072), "cuda")
+
+
 def test_an_index_is_kept_in_training_only() -> None:
     layer = S2FTLinear(nn.Linear(320, 256), "default", 200, S2FTConfig(n_frequency=200), "layer")
     delta, x = layer.s2ft_delta["default"], torch.randn(2, 320)
