@@ -21,7 +21,7 @@ from diffusers.training_utils import cast_training_params
 from torch import nn
 from tqdm.auto import tqdm
 
-from s2ft_diffusion.adapter_file import WEIGHTS_NAME, collect_adapter, write_adapter
+from s2ft_diffusion.adapters.file import WEIGHTS_NAME, collect_adapter, write_adapter
 from s2ft_diffusion.dreambooth.arguments import parse_arguments
 from s2ft_diffusion.dreambooth.base import Base, BasePlan, load_base, plan_base
 from s2ft_diffusion.dreambooth.batches import (
@@ -66,7 +66,7 @@ from s2ft_diffusion.dreambooth.publish import (
     write_text,
 )
 from s2ft_diffusion.dreambooth.validation import Validation
-from s2ft_diffusion.prior import estimate_prior, place_from_prior
+from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
 
 logger = logging.getLogger("train_dreambooth_s2ft")
 

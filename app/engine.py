@@ -25,8 +25,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from s2ft_diffusion import toybox
-from s2ft_diffusion.adapter_file import AdapterFileError
-from s2ft_diffusion.delta_cache import delta_cache
+from s2ft_diffusion.adapters.file import AdapterFileError
+from s2ft_diffusion.tuner.delta_cache import delta_cache
 
 from . import limits
 from .library import Entry, Library, plain

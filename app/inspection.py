@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from s2ft_diffusion.adapter_file import Adapter, LayerWeights, read_adapter
-from s2ft_diffusion.config import S2FTConfig
-from s2ft_diffusion.spectrum import delta_norm, delta_weight
+from s2ft_diffusion.adapters.file import Adapter, LayerWeights, read_adapter
+from s2ft_diffusion.tuner.config import S2FTConfig
+from s2ft_diffusion.tuner.spectrum import delta_norm, delta_weight
 
 SIDE = 384
 # A diverging map, blue over white to red, and a sequential one, white to dark blue.

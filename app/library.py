@@ -23,9 +23,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from s2ft_diffusion.adapter_file import AdapterFileError, AdapterInfo, read_adapter, read_header
-from s2ft_diffusion.attach import check_fits, check_shapes
-from s2ft_diffusion.sources import find_adapter_file
+from s2ft_diffusion.adapters.file import AdapterFileError, AdapterInfo, read_adapter, read_header
+from s2ft_diffusion.pipelines.attach import check_fits, check_shapes
+from s2ft_diffusion.pipelines.sources import find_adapter_file
 
 from .limits import PROMPT_LENGTH, RequestError
 from .words import drawn, folded, shown

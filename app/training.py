@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from PIL import Image
 
-from s2ft_diffusion.adapter_file import WEIGHTS_NAME
+from s2ft_diffusion.adapters.file import WEIGHTS_NAME
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import load_image

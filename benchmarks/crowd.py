@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from s2ft_diffusion.delta_cache import delta_cache
+from s2ft_diffusion.tuner.delta_cache import delta_cache
 
 from .measure import parser, report
 from .pipelines import around, write_s2ft

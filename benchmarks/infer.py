@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from s2ft_diffusion import S2FTConfig, S2FTLayer
-from s2ft_diffusion.delta_cache import delta_cache
+from s2ft_diffusion.tuner.delta_cache import delta_cache
 
 from .measure import alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights

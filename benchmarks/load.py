@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from s2ft_diffusion.delta_cache import delta_cache
+from s2ft_diffusion.tuner.delta_cache import delta_cache
 
 from .measure import alternate, medians, parser, report
 from .pipelines import around, write_lora, write_s2ft

@@ -18,13 +18,13 @@ from accelerate import Accelerator
 from peft import inject_adapter_in_model
 
 from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior
-from s2ft_diffusion.attention import TARGETS
-from s2ft_diffusion.config import PRESETS
 from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, amount, parse_arguments
 from s2ft_diffusion.dreambooth.batches import estimate_draws
-from s2ft_diffusion.prior import place_from_prior
-from s2ft_diffusion.rearrange import find_rearrangement
-from s2ft_diffusion.spectrum import sample_positions
+from s2ft_diffusion.pipelines.targets import TARGETS
+from s2ft_diffusion.tuner.config import PRESETS
+from s2ft_diffusion.tuner.prior import place_from_prior
+from s2ft_diffusion.tuner.rearrange import find_rearrangement
+from s2ft_diffusion.tuner.spectrum import sample_positions
 
 from .measure import alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights

@@ -17,8 +17,8 @@ from peft import FourierFTConfig, LoraConfig, get_peft_model_state_dict, inject_
 from safetensors.torch import save_file
 
 from s2ft_diffusion import S2FTConfig, write_adapter
-from s2ft_diffusion.adapter_file import DTYPES, collect_adapter
-from s2ft_diffusion.spectrum import distinct_positions
+from s2ft_diffusion.adapters.file import DTYPES, collect_adapter
+from s2ft_diffusion.tuner.spectrum import distinct_positions
 
 from .measure import parser, report
 from .shapes import SHAPES, build, sharing_weights

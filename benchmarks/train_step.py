@@ -26,10 +26,10 @@ from torch import nn
 from torch.profiler import profile
 
 from s2ft_diffusion import S2FTConfig, S2FTLayer, attention_targets
-from s2ft_diffusion.attention import TARGETS
 from s2ft_diffusion.dreambooth.arguments import amount
-from s2ft_diffusion.rearrange import Rearrangement
-from s2ft_diffusion.spectrum import sample_positions
+from s2ft_diffusion.pipelines.targets import TARGETS
+from s2ft_diffusion.tuner.rearrange import Rearrangement
+from s2ft_diffusion.tuner.spectrum import sample_positions
 
 from .measure import alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from s2ft_diffusion.config import S2FTConfig
-from s2ft_diffusion.prior import rearrangement_for
-from s2ft_diffusion.rearrange import Rearrangement
-from s2ft_diffusion.seeding import seeded
-from s2ft_diffusion.spectrum import count_positions, sample_positions
+from s2ft_diffusion.tuner.config import S2FTConfig
+from s2ft_diffusion.tuner.prior import rearrangement_for
+from s2ft_diffusion.tuner.rearrange import Rearrangement
+from s2ft_diffusion.tuner.seeding import seeded
+from s2ft_diffusion.tuner.spectrum import count_positions, sample_positions
 
 PriorName = Literal["gradient", "normalized", "full", "full, three times", "true change"]
 # How each prior is estimated: the recipe's --estimate and --estimate_draws.

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from s2ft_diffusion.rearrange import Rearrangement, path_length
-from s2ft_diffusion.spectrum import CoefficientKind, half_plane
+from s2ft_diffusion.tuner.rearrange import Rearrangement, path_length
+from s2ft_diffusion.tuner.spectrum import CoefficientKind, half_plane
 
 
 def cosine_energy(latent: torch.Tensor, kind: CoefficientKind) -> torch.Tensor:

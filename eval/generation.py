@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from s2ft_diffusion import toybox
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.seeding import seeded
+from s2ft_diffusion.tuner.seeding import seeded
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS, parse_arguments, s2ft_config
 from s2ft_diffusion.dreambooth.batches import ESTIMATE_SHARE, FULL_DRAWS
-from s2ft_diffusion.layer import delta_shape
+from s2ft_diffusion.tuner.layer import delta_shape
 
 FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
 LORA_NUMBERS = 12.0

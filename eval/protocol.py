@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from s2ft_diffusion.attention import TARGETS
-from s2ft_diffusion.config import S2FTConfig
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
+from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, SUBJECTS, write_pictures
 from s2ft_diffusion.toybox.subjects import Subject as ToySubject
+from s2ft_diffusion.tuner.config import S2FTConfig
 
 from .generation import Sampling
 from .prompts import Prompt, read_classes, read_templates, toybox_templates

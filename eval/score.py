@@ -14,7 +14,7 @@ from accelerate import PartialState
 from s2ft_diffusion import AdapterFileError
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
-from s2ft_diffusion.sources import find_adapter_file, read_any_adapter
+from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 
 from .encoders import CLIP, DINO, LPIPS, TOYBOX, load_encoders

@@ -20,16 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from s2ft_diffusion.adapter_file import Adapter
-from s2ft_diffusion.attention import TARGETS
-from s2ft_diffusion.config import S2FTConfig
+from s2ft_diffusion.adapters.file import Adapter
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.prior import estimate_prior
-from s2ft_diffusion.sources import find_adapter_file, read_any_adapter
-from s2ft_diffusion.spectrum import delta_weight
+from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
+from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
+from s2ft_diffusion.tuner.config import S2FTConfig
+from s2ft_diffusion.tuner.prior import estimate_prior
+from s2ft_diffusion.tuner.spectrum import delta_weight
 
 from . import energy
 from .constructions import PRIORS, Construction, constructions

@@ -23,8 +23,7 @@ from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
-from s2ft_diffusion.adapter_file import collect_adapter, write_adapter
-from s2ft_diffusion.attention import attention_targets
+from s2ft_diffusion.adapters.file import collect_adapter, write_adapter
 from s2ft_diffusion.dreambooth.arguments import parse_arguments, s2ft_config
 from s2ft_diffusion.dreambooth.base import Base, load_base, plan_base
 from s2ft_diffusion.dreambooth.batches import estimate_batches
@@ -33,7 +32,8 @@ from s2ft_diffusion.dreambooth.errors import Diverged
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
 from s2ft_diffusion.dreambooth.prompts import Prompts
-from s2ft_diffusion.prior import estimate_prior, place_from_prior
+from s2ft_diffusion.pipelines.targets import attention_targets
+from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
 
 from .methods import Method, peft_config
 

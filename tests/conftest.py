@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from s2ft_diffusion import AdapterInfo, S2FTConfig, attention_targets, toybox
-from s2ft_diffusion.seeding import seeded
+from s2ft_diffusion.tuner.seeding import seeded
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

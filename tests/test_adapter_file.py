@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from s2ft_diffusion import S2FTConfig
-from s2ft_diffusion.adapter_file import (
+from s2ft_diffusion.adapters.file import (
     DTYPES,
     THUMBNAIL_BYTES,
     WEIGHTS_NAME,
@@ -28,8 +28,8 @@ from s2ft_diffusion.adapter_file import (
     read_header,
     write_adapter,
 )
-from s2ft_diffusion.rearrange import find_rearrangement
-from s2ft_diffusion.spectrum import count_positions, delta_weight, sample_positions
+from s2ft_diffusion.tuner.rearrange import find_rearrangement
+from s2ft_diffusion.tuner.spectrum import count_positions, delta_weight, sample_positions
 
 
 def make_layer(shape=(24, 17), n_frequency=60, kind="complex", seed=0) -> LayerWeights:

@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
 from s2ft_diffusion import S2FTConfig, S2FTLinear, attention_targets
-from s2ft_diffusion.spectrum import count_positions
+from s2ft_diffusion.tuner.spectrum import count_positions
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from peft import inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from s2ft_diffusion import S2FTConfig, cuda_graphs
-from s2ft_diffusion.cuda_graphs import GraphedTransform, graphs_apply
-from s2ft_diffusion.rearrange import Rearrangement
-from s2ft_diffusion.spectrum import sample_positions
+from s2ft_diffusion import S2FTConfig
+from s2ft_diffusion.tuner import cuda_graphs
+from s2ft_diffusion.tuner.cuda_graphs import GraphedTransform, graphs_apply
+from s2ft_diffusion.tuner.rearrange import Rearrangement
+from s2ft_diffusion.tuner.spectrum import sample_positions
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
 
@@ -41,8 +42,8 @@ def device(request, monkeypatch) -> str:
             return cuda_graphs.enabled and torch.is_grad_enabled() and coefficients.requires_grad
 
         monkeypatch.setattr(Recording, "made", 0)
-        monkeypatch.setattr("s2ft_diffusion.delta.graphs_apply", apply)
-        monkeypatch.setattr("s2ft_diffusion.delta.current_stream", lambda device: 0)
+        monkeypatch.setattr("s2ft_diffusion.tuner.delta.graphs_apply", apply)
+        monkeypatch.setattr("s2ft_diffusion.tuner.delta.current_stream", lambda device: 0)
         monkeypatch.setattr(GraphedTransform, "_record", lambda self, device, run: Recording(run))
     return request.param
 

@@ -7,7 +7,7 @@ import torch
 from peft import inject_adapter_in_model
 
 from s2ft_diffusion import S2FTConfig, SpectralDelta
-from s2ft_diffusion.delta_cache import DeltaCache, delta_cache
+from s2ft_diffusion.tuner.delta_cache import DeltaCache, delta_cache
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from eval.protocol import Subject, find_subjects, make_quick
 from eval.rates import STEP, best_rate, next_rate
 from eval.statistics import mean_and_error, paired_difference
 from eval.training import Run, Session, held_out_loss, peak_memory, train
-from s2ft_diffusion.attention import attention_targets
+from s2ft_diffusion.pipelines.targets import attention_targets
 from s2ft_diffusion.toybox.subjects import SUBJECTS, write_photos
 from s2ft_diffusion.toybox.world import BACKGROUNDS
 

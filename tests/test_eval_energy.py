@@ -11,8 +11,8 @@ pytest.importorskip("open_clip")
 
 from eval import energy
 from eval.constructions import constructions
-from s2ft_diffusion.rearrange import Rearrangement, find_rearrangement
-from s2ft_diffusion.spectrum import delta_weight, sample_positions
+from s2ft_diffusion.tuner.rearrange import Rearrangement, find_rearrangement
+from s2ft_diffusion.tuner.spectrum import delta_weight, sample_positions
 
 SHAPES = [(12, 15), (12, 16), (13, 15), (13, 16)]
 

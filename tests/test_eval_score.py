@@ -17,7 +17,7 @@ from eval.__main__ import main
 from eval.generation import image_path
 from eval.prompts import Prompt, read_classes, read_templates
 from eval.scores import Scores, contact_sheet, markdown
-from s2ft_diffusion.adapter_file import read_adapter, write_adapter
+from s2ft_diffusion.adapters.file import read_adapter, write_adapter
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.toybox.subjects import write_photos
 

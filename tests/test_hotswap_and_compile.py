@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from s2ft_diffusion import S2FTConfig, S2FTLinear, attention_targets
-from s2ft_diffusion.adapter_file import read_adapter
-from s2ft_diffusion.seeding import seeded
+from s2ft_diffusion.adapters.file import read_adapter
+from s2ft_diffusion.tuner.seeding import seeded
 from tests.conftest import add, generate, same_state, second_folder, state
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from s2ft_diffusion.adapter_file import WEIGHTS_NAME
+from s2ft_diffusion.adapters.file import WEIGHTS_NAME
 from tests.conftest import ROOT
 from tests.fake_hub import fake_hub
 

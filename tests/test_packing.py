@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ft_diffusion.packing import bit_width, pack, pack_increasing, unpack, unpack_increasing
+from s2ft_diffusion.adapters.packing import bit_width, pack, pack_increasing, unpack, unpack_increasing
 
 
 @given(st.integers(1, 2000), st.data())

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from s2ft_diffusion import S2FTConfig, S2FTLinear, attention_targets, initialize_s2ft_weights
-from s2ft_diffusion.prior import estimate_prior
+from s2ft_diffusion.tuner.prior import estimate_prior
 
 BOTH = ["first", "second"]
 

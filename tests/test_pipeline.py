@@ -19,7 +19,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image
 
 from s2ft_diffusion import AdapterFileError, S2FTConfig, S2FTLinear, SpectralDelta, attention_targets
-from s2ft_diffusion.adapter_file import read_adapter, read_header
+from s2ft_diffusion.adapters.file import read_adapter, read_header
 from tests.conftest import add, copy_of, generate, same_state, second_folder, state
 
 

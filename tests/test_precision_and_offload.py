@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s2ft_diffusion import S2FTConfig, S2FTLinear
-from s2ft_diffusion.seeding import seeded
+from s2ft_diffusion.tuner.seeding import seeded
 from tests.conftest import generate, state
 
 

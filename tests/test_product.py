@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from s2ft_diffusion import S2FTConfig, S2FTLayer
-from s2ft_diffusion.layer import S2FTLinear
-from s2ft_diffusion.product import index_product, prefers_spectrum, spectral_product
-from s2ft_diffusion.rearrange import Rearrangement
-from s2ft_diffusion.spectrum import delta_weight, distinct_positions, inverse_transform, sample_positions
+from s2ft_diffusion.tuner.layer import S2FTLinear
+from s2ft_diffusion.tuner.product import index_product, prefers_spectrum, spectral_product
+from s2ft_diffusion.tuner.rearrange import Rearrangement
+from s2ft_diffusion.tuner.spectrum import delta_weight, distinct_positions, inverse_transform, sample_positions
 
 
 def random_signs(count: int) -> torch.Tensor:
@@ -92,12 +92,12 @@ def test_a_layer_gives_the_same_either_way(dtype, monkeypatch) -> None:
     coefficients = layer.s2ft_delta["default"].coefficients
     calls = []
     monkeypatch.setattr(
-        "s2ft_diffusion.delta.inverse_transform", lambda *a: (calls.append(1), inverse_transform(*a))[1]
+        "s2ft_diffusion.tuner.delta.inverse_transform", lambda *a: (calls.append(1), inverse_transform(*a))[1]
     )
     few = layer(x)
     (few_grad,) = torch.autograd.grad(few.float().square().sum(), coefficients)
     assert not calls
-    monkeypatch.setattr("s2ft_diffusion.delta.prefers_spectrum", lambda *a: False)
+    monkeypatch.setattr("s2ft_diffusion.tuner.delta.prefers_spectrum", lambda *a: False)
     many = layer(x)
     (many_grad,) = torch.autograd.grad(many.float().square().sum(), coefficients)
     assert calls

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from s2ft_diffusion.rearrange import (
+from s2ft_diffusion.tuner.rearrange import (
     Rearrangement,
     chain_signs,
     distance_table,
@@ -19,7 +19,7 @@ from s2ft_diffusion.rearrange import (
     path_length,
     two_opt,
 )
-from s2ft_diffusion.spectrum import sample_positions
+from s2ft_diffusion.tuner.spectrum import sample_positions
 
 
 def brute_distance(a, b, distance, signs) -> float:

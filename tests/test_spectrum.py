@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ft_diffusion.rearrange import Rearrangement, find_rearrangement
-from s2ft_diffusion.spectrum import (
+from s2ft_diffusion.tuner.rearrange import Rearrangement, find_rearrangement
+from s2ft_diffusion.tuner.spectrum import (
     count_positions,
     delta_weight,
     distinct_positions,

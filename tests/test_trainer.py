@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_dreambooth_s2ft as recipe
-from s2ft_diffusion.adapter_file import WEIGHTS_NAME, read_adapter
+from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter
 from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.errors import InputError

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import train_dreambooth_s2ft as recipe
-from s2ft_diffusion.adapter_file import collect_adapter, write_adapter
+from s2ft_diffusion.adapters.file import collect_adapter, write_adapter
 
 folder, argv = Path(sys.argv[1]), sys.argv[2:]
 held: dict = {}

@@ -15,9 +15,9 @@ from diffusers.optimization import SchedulerType
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..adapter_format import DTYPES
-from ..attention import TARGETS
-from ..config import PRESETS, S2FTConfig
+from ..adapters.format import DTYPES
+from ..pipelines.targets import TARGETS
+from ..tuner.config import PRESETS, S2FTConfig
 from .errors import InputError
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .. import toybox
-from ..attention import attention_targets
-from ..config import S2FTConfig
-from ..layer import delta_shape
-from ..spectrum import count_positions
+from ..pipelines.targets import attention_targets
+from ..tuner.config import S2FTConfig
+from ..tuner.layer import delta_shape
+from ..tuner.spectrum import count_positions
 from .arguments import s2ft_config
 from .errors import InputError
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..adapter_file import WEIGHTS_NAME, Adapter, AdapterFileError, collect_adapter, read_adapter, write_adapter
+from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterFileError, collect_adapter, read_adapter, write_adapter
 from .errors import InputError
 
 logger = logging.getLogger("train_dreambooth_s2ft")

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
-from ..seeding import seeded
+from ..tuner.seeding import seeded
 from .base import BasePlan
 from .images import find_images, load_image
 

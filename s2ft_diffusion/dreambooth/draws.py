@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..seeding import seeded
+from ..tuner.seeding import seeded
 
 
 @dataclass(frozen=True)

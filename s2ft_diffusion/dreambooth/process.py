@@ -19,7 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from .errors import Diverged, InputError, Interrupted, NotPublished
 
-CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.model")
+CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.tuner.model")
 
 
 def set_up_logging() -> None:

@@ -13,7 +13,7 @@ import httpx
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
 
-from ..adapter_file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail
+from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail
 from .errors import InputError, NotPublished
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ..seeding import seeded
+from ..tuner.seeding import seeded
 from .base import Base, BasePlan
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("gradio")
 from app.engine import Engine, Settings
 from app.library import Library
 from s2ft_diffusion import AdapterInfo, S2FTConfig, attention_targets
-from s2ft_diffusion.adapter_file import collect_adapter, make_thumbnail, write_adapter
+from s2ft_diffusion.adapters.file import collect_adapter, make_thumbnail, write_adapter
 from s2ft_diffusion.toybox.subjects import SUBJECTS
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from app import compare, inspection
 from app.history import History, load_png, settings_of, user_folder
 from app.limits import RequestError
-from s2ft_diffusion.adapter_file import read_adapter
+from s2ft_diffusion.adapters.file import read_adapter
 from tests.gradio_app.conftest import settings
 
 

@@ -17,7 +17,7 @@ from app.descriptions import details
 from app.library import Library, plain
 from app.limits import RequestError
 from app.words import drawn
-from s2ft_diffusion.adapter_file import read_adapter, write_adapter
+from s2ft_diffusion.adapters.file import read_adapter, write_adapter
 
 
 def test_headers_alone(library, adapters, monkeypatch) -> None:

@@ -11,8 +11,8 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .adapter_file import WEIGHTS_NAME, Adapter, AdapterFileError, adapter_from_peft, read_adapter
-from .config import S2FTConfig
+from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterFileError, adapter_from_peft, read_adapter
+from ..tuner.config import S2FTConfig
 
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 

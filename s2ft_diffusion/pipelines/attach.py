@@ -12,11 +12,11 @@ from peft import inject_adapter_in_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from .adapter_file import COMPONENTS, Adapter, AdapterFileError, AdapterInfo, module_name
-from .attention import has_fused_projections
-from .config import S2FTConfig, S2FTType
-from .delta import SpectralDelta
-from .layer import S2FTLayer, delta_shape, innermost, layer_type
+from ..adapters.file import COMPONENTS, Adapter, AdapterFileError, AdapterInfo, module_name
+from ..tuner.config import S2FTConfig, S2FTType
+from ..tuner.delta import SpectralDelta
+from ..tuner.layer import S2FTLayer, delta_shape, innermost, layer_type
+from .targets import has_fused_projections
 
 
 def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""One layer of an adapter as tensors in a file, and back: the layout that `adapter_file` reads and writes.
+"""One layer of an adapter as tensors in a file, and back: the layout that `file` reads and writes.
 
 For a (d, k) layer with m positions, format version 3 has
 
@@ -28,9 +28,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from ..tuner.rearrange import Rearrangement
+from ..tuner.spectrum import CoefficientKind, half_plane, index_dtype
 from . import packing
-from .rearrange import Rearrangement
-from .spectrum import CoefficientKind, half_plane, index_dtype
 
 FORMAT_VERSION = 3
 DTYPES = ("float32", "float16", "bfloat16", "int8")

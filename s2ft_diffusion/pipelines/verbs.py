@@ -20,7 +20,9 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
 from torch import nn
 
-from .adapter_file import WEIGHTS_NAME, AdapterInfo, adapter_from_peft, collect_adapter, module_name, write_adapter
+from ..adapters.file import WEIGHTS_NAME, AdapterInfo, adapter_from_peft, collect_adapter, module_name, write_adapter
+from ..tuner.config import S2FTConfig
+from ..tuner.layer import S2FTLayer
 from .attach import (
     adaptable_components,
     adapter_info,
@@ -33,8 +35,6 @@ from .attach import (
     s2ft_configs,
     swap_adapter,
 )
-from .config import S2FTConfig
-from .layer import S2FTLayer
 from .sources import find_adapter_file, read_any_adapter
 
 logger = logging.getLogger(__name__)

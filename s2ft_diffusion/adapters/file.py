@@ -1,7 +1,7 @@
 """The adapter file: one safetensors file that holds everything needed to rebuild a weight change elsewhere.
 
 Every adapted layer has its tensors under `<component>.<module name>.` (component: `unet`, `transformer`,
-`text_encoder`, `text_encoder_2`); `adapter_format` says which, and in which bits. The header's metadata has one entry,
+`text_encoder`, `text_encoder_2`); `format` says which, and in which bits. The header's metadata has one entry,
 `s2ft`: a JSON object with `format_version`, the `dtype` of the coefficients, the config of each component, each layer's
 shape, and `info`. (One, because safetensors writes several in random order, and equal adapters shall make equal files.)
 
@@ -28,7 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .adapter_format import (
+from ..tuner.config import S2FTConfig
+from ..tuner.layer import S2FTLayer
+from ..tuner.prior import s2ft_layers
+from ..tuner.spectrum import delta_norm
+from .format import (
     DTYPES,
     FORMAT_VERSION,
     TENSOR_NAMES,
@@ -40,10 +44,6 @@ from .adapter_format import (
     stored_coefficients,
     tensor_names,
 )
-from .config import S2FTConfig
-from .layer import S2FTLayer
-from .prior import s2ft_layers
-from .spectrum import delta_norm
 
 WEIGHTS_NAME = "pytorch_s2ft_weights.safetensors"
 METADATA_KEY = "s2ft"

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from .layer import innermost, layer_type
+from ..tuner.layer import innermost, layer_type
 
 Targets = Literal["qv", "attention", "blocks", "all"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)

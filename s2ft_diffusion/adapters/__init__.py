@@ -1,0 +1,1 @@
+"""An adapter as a file: its format, reading and writing."""

@@ -1,0 +1,1 @@
+"""The verbs on diffusers pipelines, and how adapters get into models and out of them."""
