@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..tuner.layer import innermost, layer_type
 
@@ -14,8 +15,14 @@ Targets = Literal["qv", "attention", "blocks", "all"]
 TARGETS: tuple[Targets, ...] = get_args(Targets)
 
 # Projection names of diffusers' and transformers' attention modules, by what they make.
-_QUERY_AND_VALUE = ("to_q", "to_v", "q_proj", "v_proj", "query", "value", "add_q_proj", "add_v_proj")
-_KEY_AND_OUTPUT = ("to_k", "to_out.0", "to_out", "k_proj", "out_proj", "key", "add_k_proj", "to_add_out")
+_QUERY = ("to_q", "q_proj", "query", "query_proj", "q_lin", "q")
+_VALUE = ("to_v", "v_proj", "value", "value_proj", "v_lin", "v")
+_FUSED = ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv")  # query, key and value made by one layer
+_QUERY_AND_VALUE = (*_QUERY, *_VALUE, *_FUSED, "add_q_proj", "add_v_proj")
+_KEY_AND_OUTPUT = (
+    "to_k", "to_out.0", "to_out", "k_proj", "out_proj", "o_proj", "key", "key_proj", "k_lin", "out_lin", "k", "o",
+    "c_proj", "dense", "proj", "Wo", "add_k_proj", "to_add_out",
+)  # fmt: skip
 
 
 def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
@@ -25,7 +32,8 @@ def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
     layers of the blocks that attention stands in (the feed-forward part), "all" every linear layer and convolution of
     the stacks of blocks (residual blocks, resampling, input and output projections), both but for those of norms and
     time embeddings. A diffusion model's attention modules are those with an attention processor, whatever
-    they are called; in other models every module with a query and a value projection counts.
+    they are called; in other models every module with a query and a value projection counts, or with one layer that
+    makes query, key and value together (GPT-2's `c_attn`), which is adapted whole.
 
     Raises ValueError for another word, and when the model has none or has them fused into one layer.
     """
@@ -45,7 +53,8 @@ def attention_targets(model: nn.Module, targets: Targets = "qv") -> list[str]:
         found += [f"{attention_name}.{name}" for name in wanted if _is_linear(_submodule(attention, name))]
     if targets in ("blocks", "all") and found:
         split = str.rpartition if targets == "blocks" else str.partition
-        parents = dict.fromkeys(split(name, ".")[0] for name in attention_names)
+        # BERT's attention.self is one module deeper in its block than attention is elsewhere.
+        parents = dict.fromkeys(split(name.removesuffix(".self"), ".")[0] for name in attention_names)
         found += [name for parent in parents for name in _around(model, parent, attention_names)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention projections that S2FT could adapt.")
@@ -78,10 +87,12 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _is_linear(module: nn.Module | None) -> bool:
-    return isinstance(innermost(module), nn.Linear)
+    return isinstance(innermost(module), nn.Linear | Conv1D)  # Conv1D: GPT-2's linear layer, its weight transposed
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return any(_is_linear(_submodule(module, name)) for name in ("to_q", "q_proj", "query")) and any(
-        _is_linear(_submodule(module, name)) for name in ("to_v", "v_proj", "value")
-    )
+    return any(all(_has_linear(module, names) for names in parts) for parts in ((_QUERY, _VALUE), (_FUSED,)))
+
+
+def _has_linear(module: nn.Module, names: Sequence[str]) -> bool:
+    return any(_is_linear(_submodule(module, name)) for name in names)
