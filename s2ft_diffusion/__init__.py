@@ -8,6 +8,7 @@ and peft alone.
 from __future__ import annotations
 
 import importlib
+import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,20 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if find_spec("torch") and find_spec("peft"):
-    importlib.import_module(".tuner.model", __name__)  # enters S2FT into PEFT's mappings
-    if find_spec("diffusers"):
-        importlib.import_module(".pipelines.verbs", __name__)  # gives pipelines their verbs
+def _enter() -> None:
+    """Enter S2FT into PEFT and diffusers, where they are."""
+    if not (find_spec("torch") and find_spec("peft")):
+        return
+    try:
+        importlib.import_module(".tuner.model", __name__)  # enters S2FT into PEFT's mappings
+        if find_spec("diffusers"):
+            importlib.import_module(".pipelines.verbs", __name__)  # gives pipelines their verbs
+    except ImportError as error:  # releases that do not fit: files can still be read, which ComfyUI's node does
+        warnings.warn(
+            f"s2ft_diffusion: PEFT or diffusers cannot be imported as needed ({error}); adapter files can be read, "
+            "pipelines have no S2FT verbs.",
+            stacklevel=2,
+        )
+
+
+_enter()

@@ -5,26 +5,23 @@ Every adapted layer has its tensors under `<component>.<module name>.` (componen
 `s2ft`: a JSON object with `format_version`, the `dtype` of the coefficients, the config of each component, each layer's
 shape, and `info`. (One, because safetensors writes several in random order, and equal adapters shall make equal files.)
 
-Reading is strict: whatever the tensors hold is checked before anyone uses it, and nothing is ever unpickled.
+`reading` reads it, strictly; this adds PEFT's config, what is in models, and writing.
 """
 
 from __future__ import annotations
 
-import base64
+import functools
 import io
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
@@ -39,70 +36,42 @@ from .format import (
     AdapterFileError,
     LayerWeights,
     check_layer,
-    decode_layer,
     encode_layer,
     stored_coefficients,
-    tensor_names,
+)
+from .reading import (
+    COMPONENTS,
+    CONFIG_FIELDS,
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    Adapter,
+    AdapterHeader,
+    AdapterInfo,
+    read_header,
+    read_stored,
 )
 
-WEIGHTS_NAME = "pytorch_s2ft_weights.safetensors"
-METADATA_KEY = "s2ft"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+__all__ = [
+    "COMPONENTS",
+    "DTYPES",
+    "WEIGHTS_NAME",
+    "Adapter",
+    "AdapterFileError",
+    "AdapterHeader",
+    "AdapterInfo",
+    "LayerWeights",
+    "WrittenAdapter",
+    "adapter_from_peft",
+    "collect_adapter",
+    "make_thumbnail",
+    "module_name",
+    "read_adapter",
+    "read_header",
+    "write_adapter",
+]
+
 THUMBNAIL_BYTES = 20 * 1024
 THUMBNAIL_SIDE = 128
-# Config fields that describe the adapter itself; target modules are the file's own keys.
-CONFIG_FIELDS = (
-    "n_frequency", "n_frequency_pattern", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange",
-    "distance", "signs", "refine", "seed",
-)  # fmt: skip
-
-
-@dataclass
-class AdapterInfo:
-    """What a file says about itself beside the numbers; every field may be unknown.
-
-    `training` holds plain facts (steps, learning rate, loss, ...). `thumbnail` is a WebP image of at most 20 KiB.
-    """
-
-    base_model: str | None = None
-    instance_prompt: str | None = None
-    subject: str | None = None
-    class_name: str | None = None
-    date: str | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-    thumbnail: bytes | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        values["thumbnail"] = base64.b64encode(self.thumbnail).decode() if self.thumbnail else None
-        return {name: value for name, value in values.items() if value not in (None, {})}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> AdapterInfo:
-        """Raises ValueError or TypeError for values of the wrong kind."""
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        for name, value in known.items():
-            if not isinstance(value, dict if name == "training" else str):
-                raise TypeError(f"info.{name} is a {type(value).__name__}")
-            if isinstance(value, str):
-                value.encode()  # half a surrogate pair, which JSON can hold, is no text
-        if "thumbnail" in known:
-            known["thumbnail"] = base64.b64decode(known["thumbnail"], validate=True)
-        return cls(**known)
-
-
-@dataclass
-class Adapter:
-    """An adapter apart from any model: configs and layers by component, and what is known about it."""
-
-    configs: dict[str, S2FTConfig]
-    layers: dict[str, dict[str, LayerWeights]]
-    info: AdapterInfo = field(default_factory=AdapterInfo)
-
-    @property
-    def trainable(self) -> int:
-        """Real trainable numbers in all."""
-        return sum(layer.coefficients.numel() for layers in self.layers.values() for layer in layers.values())
 
 
 def make_thumbnail(image: Image.Image) -> bytes:
@@ -201,122 +170,9 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AdapterHeader:
-    """What a file's header says: its info, configs and layer shapes by component, and its real trainable numbers."""
-
-    info: AdapterInfo
-    configs: dict[str, dict[str, Any]]
-    shapes: dict[str, dict[str, tuple[int, int]]]
-    trainable: int
-
-
-def read_header(path: str | os.PathLike) -> AdapterHeader:
-    """Read a file's header alone: no tensor is read.
-
-    Raises AdapterFileError as `read_adapter` does, for what can be seen there.
-    """
-    with _open(path) as file:
-        header = _header(path, file.metadata())
-        sizes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".coefficients")]  # noqa: SIM118
-        shapes = {c: {name: tuple(shape) for name, shape in layers.items()} for c, layers in header["shapes"].items()}
-        if len(sizes) != (count := sum(map(len, shapes.values()))):
-            raise AdapterFileError(f"{path}: it has coefficients of {len(sizes)} layers, its header speaks of {count}.")
-        return AdapterHeader(_info(path, header), header["config"], shapes, sum(map(math.prod, sizes)))
-
-
 def read_adapter(path: str | os.PathLike) -> Adapter:
-    """Read and check an adapter file.
-
-    Raises AdapterFileError, naming file and key, for anything that is not exactly as the format says: no or a truncated
-    safetensors file, another format or version, missing or extra keys, positions out of range or repeated (a mirror is
-    a repeat for complex coefficients), an order that is no permutation, NaN or infinite coefficients. Coefficients keep
-    the file's type where it is a floating one.
-    """
-    with _open(path) as file:
-        header = _header(path, file.metadata())
-        info = _info(path, header)
-        keys = set(file.keys())
-        names = tensor_names(header["format_version"], header.get("dtype"))
-        expected = {
-            f"{component}.{name}.{key}"
-            for component, layers in header["shapes"].items()
-            for name in layers
-            for key in names
-        }
-        if missing := sorted(expected - keys):
-            raise AdapterFileError(f"{path}: {len(missing)} keys are missing, the first is {missing[0]!r}.")
-        if extra := sorted(keys - expected):
-            raise AdapterFileError(f"{path}: {len(extra)} keys do not belong there, the first is {extra[0]!r}.")
-        configs, layers = {}, {}
-        for component, shapes in header["shapes"].items():
-            configs[component] = _config(path, component, header["config"][component])
-            layers[component] = {}
-            for name, shape in shapes.items():
-                name = sys.intern(name)  # a hundred adapters of a base have the same ones
-                prefix = f"{component}.{name}"
-                try:
-                    # Copies: a tensor that is a view of the mapped file would keep all of it in memory.
-                    tensors = {key: file.get_tensor(f"{prefix}.{key}").clone() for key in names}
-                    kind = configs[component].coefficients
-                    layer = decode_layer(tensors, tuple(shape), kind, header["format_version"])
-                except (AdapterFileError, SafetensorError, TypeError, ValueError) as error:
-                    raise AdapterFileError(f"{path}: {prefix}: {error}") from None
-                layers[component][name] = layer
-    return Adapter(configs, layers, info)
-
-
-def _open(path: str | os.PathLike) -> safe_open:
-    if not Path(path).is_file():
-        raise AdapterFileError(f"{path}: there is no such file.")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path}: not a complete safetensors file ({error}).") from None
-
-
-def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    if METADATA_KEY not in (metadata or {}):
-        raise AdapterFileError(f"{path}: not an S2FT adapter: its header has no {METADATA_KEY!r} entry.")
-    try:
-        header = json.loads(metadata[METADATA_KEY])
-        if header.get("format_version") not in range(1, FORMAT_VERSION + 1):
-            raise AdapterFileError(
-                f"{path}: format version {header.get('format_version')!r}; this release reads up to {FORMAT_VERSION}."
-            )
-        if set(header["config"]) != set(header["shapes"]) or not header["shapes"]:
-            raise ValueError("config and shapes name different components")
-        for component, shapes in header["shapes"].items():
-            if component not in COMPONENTS:
-                raise ValueError(f"unknown component {component!r}")
-            if not isinstance(header["config"][component], dict):
-                raise ValueError(f"the config of {component} is no object")
-            if not shapes:
-                raise ValueError(f"{component} has no layers")
-            for name, shape in shapes.items():
-                if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
-                    raise ValueError(f"{component}.{name} has shape {shape}")
-    except AdapterFileError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise AdapterFileError(f"{path}: the header is damaged ({error}).") from None
-    return header
-
-
-def _info(path: str | os.PathLike, header: Mapping[str, Any]) -> AdapterInfo:
-    try:
-        return AdapterInfo.from_json(header.get("info", {}))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{path}: the header is damaged ({error}).") from None
-
-
-def _config(path: str | os.PathLike, component: str, values: Mapping[str, Any]) -> S2FTConfig:
-    try:
-        if different := set(values) ^ set(CONFIG_FIELDS):
-            raise ValueError(f"unknown or missing fields {sorted(different)}")
-        return S2FTConfig(**values, inference_mode=True)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{path}: the config of {component} is damaged ({error}).") from None
+    """Read and check an adapter file, as `read_stored` does, with an `S2FTConfig` (frozen) for each component."""
+    return read_stored(path, functools.partial(S2FTConfig, inference_mode=True))
 
 
 # PEFT's own state dicts ----------------------------------------------------------------------------------------------
