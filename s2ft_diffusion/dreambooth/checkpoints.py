@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterFileError, collect_adapter, read_adapter, write_adapter
+from ..adapters.names import name_in
 from .errors import InputError
 
 logger = logging.getLogger("train_dreambooth_s2ft")
@@ -206,5 +207,6 @@ def restore_adapter(components: Mapping[str, nn.Module], adapter: Adapter) -> No
     """
     for component, layers in adapter.layers.items():
         for name, weights in layers.items():
-            delta = components[component].get_submodule(name).s2ft_delta[ADAPTER]
+            model = components[component]
+            delta = model.get_submodule(name_in(model, name)).s2ft_delta[ADAPTER]
             delta.load_state_dict(weights.tensors())

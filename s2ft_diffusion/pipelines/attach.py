@@ -12,7 +12,8 @@ from peft import inject_adapter_in_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from ..adapters.file import COMPONENTS, Adapter, AdapterFileError, AdapterInfo, module_name
+from ..adapters.file import COMPONENTS, Adapter, AdapterFileError, AdapterInfo
+from ..adapters.names import canonical_name, name_in
 from ..tuner.config import S2FTConfig, S2FTType
 from ..tuner.delta import SpectralDelta
 from ..tuner.layer import S2FTLayer, delta_shape, innermost, layer_type
@@ -48,7 +49,8 @@ def check_shapes(
         if component not in components:
             raise AdapterFileError(f"{label}: the adapter is for a {component!r}, which this pipeline does not have.")
         model = components[component]
-        for name, (d, k) in layers.items():
+        for canonical, (d, k) in layers.items():
+            name = name_in(model, canonical)
             found = _adaptable_shape(model, name)
             where = f"{component}.{name}"
             if found is not None and in_fused_attention(model, name):
@@ -93,17 +95,18 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
             model = components[component]
             attached.append(model)
             # An expression, which PEFT matches whole: of a name it takes every layer that ends like it.
+            names = {name_in(model, name): layer for name, layer in layers.items()}
             config = replace(
-                adapter.configs[component], target_modules="|".join(map(re.escape, layers)), inference_mode=True
+                adapter.configs[component], target_modules="|".join(map(re.escape, names)), inference_mode=True
             )
-            config.n_frequency_pattern = {name: layer.coefficients.numel() for name, layer in layers.items()}
+            config.n_frequency_pattern = {name: layer.coefficients.numel() for name, layer in names.items()}
             inject_adapter_in_model(config, model, adapter_name)
             placed = model.peft_config[adapter_name]
-            placed.target_modules = set(layers)
+            placed.target_modules = set(names)
             placed.n_frequency_pattern = adapter.configs[component].n_frequency_pattern
             model._hf_peft_config_loaded = True
             placed.adapter_info = adapter.info
-            for name, delta in _named_deltas(model, adapter_name).items():
+            for name, delta in _named_deltas(component, model, adapter_name).items():
                 state = {key: tensor.to(delta.positions.device) for key, tensor in layers[name].tensors().items()}
                 delta.load_state_dict(state, assign=True)  # in the file's type
     except BaseException:
@@ -118,7 +121,7 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
 
 def check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_name: str | None, label: str) -> None:
     """Raise ValueError unless the adapter can take the place of `adapter_name`."""
-    present = {c: _named_deltas(model, adapter_name) for c, model in components.items()}
+    present = {c: _named_deltas(c, model, adapter_name) for c, model in components.items()}
     present = {component: deltas for component, deltas in present.items() if deltas}
     if not present:
         raise ValueError(f"hotswap needs the name of a loaded S2FT adapter to replace, got {adapter_name!r}.")
@@ -162,15 +165,15 @@ def swap_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_
         for module in model.modules():
             if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
                 module.s2ft_config[adapter_name] = config
-        for name, delta in _named_deltas(model, adapter_name).items():
+        for name, delta in _named_deltas(component, model, adapter_name).items():
             for key, tensor in layers[name].tensors().items():
                 getattr(delta, key).copy_(tensor.float() * factor if key == "coefficients" else tensor)
 
 
-def _named_deltas(model: nn.Module, adapter_name: str | None) -> dict[str, SpectralDelta]:
-    """An adapter's deltas in a model, by the names of the linear layers."""
+def _named_deltas(component: str, model: nn.Module, adapter_name: str | None) -> dict[str, SpectralDelta]:
+    """An adapter's deltas in a model, by the names that their layers have in a file."""
     return {
-        module_name(name): module.s2ft_delta[adapter_name]
+        canonical_name(component, name): module.s2ft_delta[adapter_name]
         for name, module in model.named_modules()
         if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta
     }

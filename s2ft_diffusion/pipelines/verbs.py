@@ -20,7 +20,8 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
 from torch import nn
 
-from ..adapters.file import WEIGHTS_NAME, AdapterInfo, adapter_from_peft, collect_adapter, module_name, write_adapter
+from ..adapters.file import WEIGHTS_NAME, AdapterInfo, adapter_from_peft, collect_adapter, write_adapter
+from ..adapters.names import module_name
 from ..tuner.config import S2FTConfig
 from ..tuner.layer import S2FTLayer
 from .attach import (
