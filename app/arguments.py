@@ -19,7 +19,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("models").add_argument
-    add("--base", default="toybox", help="hub id or folder of a Stable Diffusion, or 'toybox', the embedded one")
+    add(
+        "--base",
+        default="toybox",
+        help="hub id or folder of a Stable Diffusion, or 'toybox' or 'toybox-flow', the embedded ones",
+    )
     add("--adapters", nargs="*", default=[], help="folders, files and hub ids of adapters")
     add("--outputs", type=Path, default=ROOT / "outputs" / "app", help="where images, uploads and trainings are kept")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to generate")

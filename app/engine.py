@@ -242,9 +242,8 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def load_base(base: str, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     """A pipeline of the base, quiet; raises OSError where it cannot be loaded."""
-    location = toybox.base_path() if base == "toybox" else base
     pipe = StableDiffusionPipeline.from_pretrained(
-        location, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        toybox.resolve(base), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -10,6 +10,8 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
+from s2ft_diffusion import toybox
+
 from . import limits
 from .actions import NONE, App, polite
 from .engine import SCHEDULERS
@@ -46,7 +48,7 @@ class Page:
         self.app = app
         self.busy = {"concurrency_limit": concurrency, "concurrency_id": GENERATION}
         self.adapters: list[gr.Dropdown] = []
-        guidance = 4.0 if app.engine.base == "toybox" else 7.5
+        guidance = 4.0 if toybox.is_embedded(app.engine.base) else 7.5
         self.defaults = {"steps": 25, "guidance": guidance, "seed": 0, "scheduler": "DDIM"}
         choices = app.library.choices()
         self.first = choices[0][1] if choices else NONE
@@ -247,7 +249,7 @@ class Page:
         self.cancel(stop, comparison)
 
     def train_tab(self, blocks: gr.Blocks) -> None:
-        small = self.app.engine.base == "toybox"
+        small = toybox.is_embedded(self.app.engine.base)
         with gr.Row():
             with gr.Column(scale=4, min_width=280):
                 photos = gr.File(

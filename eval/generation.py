@@ -35,7 +35,7 @@ def load_pipeline(base: str, device: str, dtype: torch.dtype, **components: Any)
     """The base's pipeline with DDIM, quiet, with components of one's own. Raises InputError if it cannot be loaded."""
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            toybox.base_path() if base == "toybox" else base,
+            toybox.resolve(base),
             torch_dtype=dtype,
             safety_checker=None,
             requires_safety_checker=False,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from s2ft_diffusion import toybox
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
@@ -92,7 +93,7 @@ class Protocol:
 def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, trials: int = 5) -> None:
     """What every comparison by trained cells takes."""
     add = parser.add_argument
-    add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
+    add("--base", default="toybox", help="base: hub id, folder, toybox, or toybox-flow")
     add_subject_arguments(parser)
     add("--seeds", type=int, default=2, help="trainings on every subject that is reported on")
     add("--trials", type=int, default=trials, help="learning rates that every method may try")
@@ -111,7 +112,7 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, tri
     add("--images_per_prompt", type=int, default=4)
     add("--drift_images", type=int, default=2, help="images a prompt that does not name the subject")
     add("--sampling_steps", type=int, default=20)
-    add("--guidance", type=float, help="by default 4 for toybox, 7.5 else")
+    add("--guidance", type=float, help="by default 4 for an embedded base, 7.5 else")
     add("--output_dir", type=Path, default=Path(output_dir))
     add_encoder_arguments(parser)
 
@@ -208,7 +209,7 @@ def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protoco
         S2FTConfig(n_frequency=args.n_frequency)
     except ValueError as error:
         raise InputError(str(error)) from None
-    toy = args.base == "toybox"
+    toy = toybox.is_embedded(args.base)
     guidance = args.guidance if args.guidance is not None else 4.0 if toy else 7.5
     return Protocol(
         base=args.base,

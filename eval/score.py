@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from s2ft_diffusion import AdapterFileError
+from s2ft_diffusion import AdapterFileError, toybox
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--adapter", required=True, help="adapter file, folder, or name on the hub")
     add("--subject_dir", type=Path, required=True, help="folder of the subject's photos")
-    add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
+    add("--base", default="toybox", help="base: hub id, folder, toybox, or toybox-flow")
     add(
         "--prompts",
         type=Path,
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token", default=UNSEEN_TOKEN, help="the unique token the adapter was trained with")
     add("--images_per_prompt", type=int, default=4)
     add("--steps", type=int, default=25)
-    add("--guidance", type=float, default=None, help="by default 4 for toybox, 7.5 else")
+    add("--guidance", type=float, default=None, help="by default 4 for an embedded base, 7.5 else")
     add("--resolution", type=int, help="by default the base's own")
     add("--output_dir", type=Path, default=Path("outputs/scores"))
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of generation; by default float16 on a GPU")
@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--dino", help=f"ViT for transformers, or toybox; by default {DINO}, for the embedded base toybox")
-    add("--clip", help=f"open_clip model, or toybox; by default {CLIP}, for the embedded base toybox")
-    add("--lpips", help=f"alex, vgg, squeeze or toybox; by default {LPIPS}, for the embedded base toybox")
+    add("--dino", help=f"ViT for transformers, or toybox; by default {DINO}; on an embedded base, toybox")
+    add("--clip", help=f"open_clip model, or toybox; by default {CLIP}; on an embedded base, toybox")
+    add("--lpips", help=f"alex, vgg, squeeze or toybox; by default {LPIPS}; on an embedded base, toybox")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch_size", type=int, default=32, help="images that the encoders see at once")
     add("--features", type=Path, help="folder to keep features in; by default features/ in the output folder")
@@ -64,7 +64,7 @@ def check_device(device: str) -> None:
 
 def encoders_for(args: argparse.Namespace):
     """The encoders that the arguments ask for."""
-    toy = args.base == "toybox"
+    toy = toybox.is_embedded(args.base)
     return load_encoders(
         args.dino or (TOYBOX if toy else DINO),
         args.clip or (TOYBOX if toy else CLIP),
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     templates = read_templates(args.prompts, class_name) if args.prompts else toybox_templates()
     prompts = list(dict.fromkeys(Prompt.fill(template, args.token, class_name) for template in templates))
     away = drift_prompts(class_name)
-    toy = args.base == "toybox"
+    toy = toybox.is_embedded(args.base)
     guidance = args.guidance if args.guidance is not None else 4.0 if toy else 7.5
     sampling = Sampling(args.steps, guidance, args.resolution)
     encoders = encoders_for(args)

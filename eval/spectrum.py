@@ -47,7 +47,7 @@ BINS = 40
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--base", default="toybox", help="Stable Diffusion base: hub id, folder, or toybox")
+    add("--base", default="toybox", help="base: hub id, folder, toybox, or toybox-flow")
     add_subject_arguments(parser)
     add("--adapter", help="adapter file, folder or hub id: what its own positions reach of the first subject's change")
     add("--n_frequency", type=amount, default=0.02, help="real numbers a layer, or a share of d * k")

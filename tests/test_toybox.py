@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image, ImageChops
 
 from s2ft_diffusion import toybox
@@ -26,6 +26,13 @@ from s2ft_diffusion.toybox.check import (
 from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, SUBJECTS, write_photos
 from s2ft_diffusion.toybox.world import BACKGROUNDS, CLASSES, COLOURS, PATTERNS, Scene, random_scene, render
 from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def flow_pipe() -> StableDiffusion3Pipeline:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(toybox.base_path("flow"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def test_the_world_is_large_enough() -> None:
@@ -114,11 +121,47 @@ def test_any_prompt_tokenizes(pipe) -> None:
         assert max(ids) < pipe.text_encoder.config.vocab_size
 
 
-def test_the_base_is_small_and_standard() -> None:
-    folder = toybox.base_path()
-    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 32 * 2**20
-    assert not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+def test_names_of_bases() -> None:
+    assert toybox.resolve("toybox") == str(toybox.base_path()) == str(toybox.base_path("unet"))
+    assert toybox.resolve("toybox-flow") == str(toybox.base_path("flow"))
+    assert toybox.resolve("owner/model") == "owner/model"
+    assert toybox.resolve(toybox.base_path("flow")) == str(toybox.base_path("flow"))
+    assert toybox.is_embedded("toybox-flow")
+    assert not toybox.is_embedded(toybox.base_path())
+    with pytest.raises(ValueError, match="'transformer'; it is one of 'unet', 'flow'"):
+        toybox.base_path("transformer")
+
+
+def test_the_bases_are_small_safe_and_share_their_autoencoder() -> None:
+    folders = [toybox.base_path(kind) for kind in ("unet", "flow")]
+    for folder in folders:
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        assert sum(p.stat().st_size for p in files) <= 32 * 2**20
+        assert not [p for p in files if p.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
+        assert {"check.json", "training.json"} <= {p.name for p in files}
+    # diffusers takes no component from outside a pipeline's folder; equal files are one object in git.
+    for file in ("vae/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer/tokenizer.json"):
+        assert len({(folder / file).read_bytes() for folder in folders}) == 1
+
+
+def test_the_flow_base_is_a_stable_diffusion_3(flow_pipe) -> None:
+    names = {
+        "vae": "AutoencoderKL",
+        "transformer": "SD3Transformer2DModel",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+    }
+    assert {name: type(getattr(flow_pipe, name)).__name__ for name in names} == names
+    models = [flow_pipe.components[name] for name in names if name != "scheduler"]
+    assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}
+    image = flow_pipe("a red mug", num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+
+
+def test_the_base_is_a_stable_diffusion() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(toybox.base_path())
     names = ["AutoencoderKL", "CLIPTextModel", "CLIPTokenizer", "UNet2DConditionModel"]
     parts = [pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.unet]
     assert [type(part).__name__ for part in parts] == names
@@ -131,14 +174,13 @@ def test_the_base_is_small_and_standard() -> None:
 class TestQuality:
     """The committed measurements hold, measured again on fewer images."""
 
-    def test_committed_report(self) -> None:
-        report = json.loads((toybox.base_path() / "check.json").read_text())
-        assert report["generated"] >= 500
+    @pytest.mark.parametrize("kind", ["unet", "flow"])
+    def test_committed_report(self, kind) -> None:
+        report = json.loads((toybox.base_path(kind) / "check.json").read_text())
+        assert report["generated"] >= 240
         assert min(report["probe_accuracy_on_renders"].values()) >= 0.98
         found = report["found_as_prompted"]
-        assert found["kind"] >= 0.9
-        assert found["background"] >= 0.9
-        assert found["colour"] >= 0.8
+        assert min(found.values()) >= 0.98
 
     def test_probe(self) -> None:
         assert min(probe_accuracy(load_probe(), 500).values()) >= 0.98
@@ -152,16 +194,15 @@ class TestQuality:
         assert sum(a == s.kind for a, (s, _) in zip(seen["kind"], pairs, strict=True)) < 25
 
     def test_reconstruction(self, pipe) -> None:
-        assert reconstruction_error(pipe, 100) < 0.02
+        assert reconstruction_error(pipe, 100) < 0.012
 
-    def test_prompts_are_followed(self, pipe) -> None:
-        pairs = prompted_scenes(48)
-        images = generate(pipe, [prompt for _, prompt in pairs], steps=15)
+    @pytest.mark.parametrize("base", ["pipe", "flow_pipe"])
+    def test_prompts_are_followed(self, base, request) -> None:
+        pairs = prompted_scenes(24)
+        images = generate(request.getfixturevalue(base), [prompt for _, prompt in pairs], steps=10)
         seen = read_images(load_probe(), images)
         right = {
             name: sum(a == getattr(s, name) for a, (s, _) in zip(seen[name], pairs, strict=True)) / len(pairs)
             for name in seen
         }
-        assert right["kind"] >= 0.75, right  # 0.9 and 0.8 of 500; three standard errors below them of 48
-        assert right["background"] >= 0.75, right
-        assert right["colour"] >= 0.6, right
+        assert min(right.values()) >= 0.9, right  # nearly all of 240 are right

@@ -53,7 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument_group("base model and data").add_argument
-    add("--pretrained_model_name_or_path", default=DEFAULT_BASE, help="hub id, local folder, or 'toybox'")
+    add(
+        "--pretrained_model_name_or_path",
+        default=DEFAULT_BASE,
+        help="hub id, folder, toybox, or toybox-flow",
+    )
     add("--revision", help="revision of the base on the hub")
     add("--variant", help="weight variant of the base, such as fp16")
     add("--instance_dir", "--instance_data_dir", dest="instance_dir", required=True, help="folder with the photos")

@@ -21,8 +21,6 @@ from ..tuner.spectrum import count_positions
 from .arguments import s2ft_config
 from .errors import InputError
 
-TOYBOX = "toybox"
-
 
 @dataclass
 class BasePlan:
@@ -44,9 +42,9 @@ def plan_base(args: argparse.Namespace) -> BasePlan:
     autoencoder cannot take, and an n_frequency that a layer (named) has no room for.
     """
     name = args.pretrained_model_name_or_path
-    location = str(toybox.base_path()) if name == TOYBOX else name
-    revision = {"revision": args.revision} if args.revision and name != TOYBOX else {}
-    variant = {"variant": args.variant} if args.variant and name != TOYBOX else {}
+    location, embedded = toybox.resolve(name), toybox.is_embedded(name)
+    revision = {"revision": args.revision} if args.revision and not embedded else {}
+    variant = {"variant": args.variant} if args.variant and not embedded else {}
     try:
         unet_config = UNet2DConditionModel.load_config(location, subfolder="unet", **revision)
         vae_config = AutoencoderKL.load_config(location, subfolder="vae", **revision)

@@ -13,6 +13,7 @@ import httpx
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
 
+from .. import toybox
 from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail
 from .errors import InputError, NotPublished
 
@@ -43,10 +44,10 @@ def class_words(class_prompt: str | None, instance_prompt: str) -> str:
 
 def usage_snippet(base: str, adapter: str) -> str:
     """Three lines of Python that load an adapter."""
-    location = "s2ft_diffusion.toybox.base_path()" if base == "toybox" else repr(base)
+    location = f"s2ft_diffusion.toybox.resolve({base!r})" if toybox.is_embedded(base) else repr(base)
     return (
         "import diffusers, s2ft_diffusion\n"
-        f"pipe = diffusers.StableDiffusionPipeline.from_pretrained({location})\n"
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({location})\n"
         f"pipe.load_s2ft_weights({adapter!r})"
     )
 

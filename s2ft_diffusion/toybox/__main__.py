@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from . import base_path
+from . import NAMES, base_path, resolve
 from .subjects import ALL_SUBJECTS, write_photos
 
 
@@ -24,9 +24,10 @@ def main() -> None:
     pretrain.add_argument("--vae_steps", type=int)
     pretrain.add_argument("--text_steps", type=int)
     pretrain.add_argument("--unet_steps", type=int)
-    check = commands.add_parser("check", help="measure the base: reconstruction, and a probe on what it generates")
-    check.add_argument("--base_dir", type=Path, default=base_path())
-    check.add_argument("--images", type=int, default=504)
+    check = commands.add_parser("check", help="measure the bases: reconstruction, and a probe on what they generate")
+    check.add_argument("bases", nargs="*", default=list(NAMES), help="names or folders; by default both embedded ones")
+    check.add_argument("--images", type=int, default=504, help="images of prompts that say everything")
+    check.add_argument("--open_images", type=int, default=200, help="images of prompts that leave the colour open")
     check.add_argument("--work_dir", type=Path, default=Path("runs/toybox-check"))
     args = parser.parse_args()
     if args.command == "render":
@@ -47,7 +48,9 @@ def main() -> None:
     else:
         from .check import check_base
 
-        print(json.dumps(check_base(args.base_dir, args.images, args.work_dir), indent=2))
+        for name in args.bases:
+            report = check_base(Path(resolve(name)), args.images, args.open_images, args.work_dir)
+            print(name, json.dumps(report, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Is the embedded base any good? Reconstruction error, and a probe that reads what it generates.
+"""Are the embedded bases any good? Reconstruction error, and a probe that reads what they generate.
 
     python -m s2ft_diffusion.toybox check
 
@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .pretrain import ATTRIBUTES, Stage, to_tensor
+from .tokenizer import MAX_LENGTH
 from .world import BACKGROUNDS, Scene, random_scene, render
 
 PROBE_PATH = Path(__file__).parent / "probe.safetensors"
@@ -101,7 +102,7 @@ def probe_accuracy(probe: Probe, count: int = 1000) -> dict[str, float]:
 
 
 @torch.no_grad()
-def reconstruction_error(pipeline: StableDiffusionPipeline, count: int = 200) -> float:
+def reconstruction_error(pipeline: DiffusionPipeline, count: int = 200) -> float:
     """Mean squared error of the autoencoder on held-out renders, pixels in [-1, 1]."""
     images = to_tensor([render(random_scene(random.Random(HELD_OUT + i))) for i in range(count)])
     errors = []
@@ -124,17 +125,35 @@ def prompted_scenes(count: int) -> list[tuple[Scene, str]]:
     return pairs
 
 
+def open_scenes(count: int) -> list[tuple[Scene, str]]:
+    """Scenes with prompts that leave the colour open, and in every second the pattern as well."""
+    pairs = []
+    for i, (scene, _) in enumerate(prompted_scenes(count)):
+        pattern = "" if i % 2 else ("striped ", "dotted ", "checkered ")[i // 2 % 3]
+        pairs.append((scene, f"a photo of a {pattern}{scene.kind} {BACKGROUNDS[scene.background]}"))
+    return pairs
+
+
+@torch.no_grad()
+def confidence(probe: Probe, images: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
+    """The probe's mean probability of the class and the background asked for, and of its first guess at the colour."""
+    chances = {name: logits.softmax(1) for name, logits in probe(to_tensor(images)).items()}
+    means = {name: chances[name].gather(1, _labels(scenes, name)[:, None]).mean() for name in ("kind", "background")}
+    return {name: float(mean) for name, mean in {**means, "colour": chances["colour"].amax(1).mean()}.items()}
+
+
 def generate(
-    pipeline: StableDiffusionPipeline, prompts: list[str], *, steps: int = 25, batch: int = 24, seed: int = 0
+    pipeline: DiffusionPipeline, prompts: list[str], *, steps: int = 25, batch: int = 24, seed: int = 0
 ) -> list[Image.Image]:
     """One image a prompt, image `i` from the generator seeded `seed + i`."""
     pipeline.set_progress_bar_config(disable=True)
+    # A Stable Diffusion 3 appends as many tokens of its third encoder, which is silent in the toybox.
+    length = {"max_sequence_length": MAX_LENGTH} if isinstance(pipeline, StableDiffusion3Pipeline) else {}
     images = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(seed + start + j) for j in range(len(part))]
-        images += pipeline(part, num_inference_steps=steps, guidance_scale=4.0, generator=generators).images
-        print(f"generated {len(images)}/{len(prompts)}", flush=True)
+        images += pipeline(part, num_inference_steps=steps, guidance_scale=4.0, generator=generators, **length).images
     return images
 
 
@@ -148,24 +167,29 @@ def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def check_base(base_dir: Path, count: int, work_dir: Path) -> dict[str, object]:
-    """All measurements, also written to `check.json` in the base's folder; a sheet of images to the work folder."""
+def check_base(base_dir: Path, count: int, count_open: int, work_dir: Path) -> dict[str, object]:
+    """All measurements, also written to `check.json` in the base's folder; sheets of images to the work folder."""
     probe = load_probe() if PROBE_PATH.exists() else train_probe(work_dir)
-    pipeline = StableDiffusionPipeline.from_pretrained(base_dir)
-    pairs = prompted_scenes(count)
+    pipeline = DiffusionPipeline.from_pretrained(base_dir)
+    pairs, open_pairs = prompted_scenes(count), open_scenes(count_open)
     images = generate(pipeline, [prompt for _, prompt in pairs])
+    open_images = generate(pipeline, [prompt for _, prompt in open_pairs], seed=count)
     seen = read_images(probe, images)
     found = {
         name: sum(a == getattr(scene, name) for a, (scene, _) in zip(seen[name], pairs, strict=True)) / count
         for name in PROBED
     }
+    confident = confidence(probe, open_images, [scene for scene, _ in open_pairs])
     report = {
         "probe_accuracy_on_renders": probe_accuracy(probe),
         "reconstruction_mse": round(reconstruction_error(pipeline), 5),
         "generated": count,
         "found_as_prompted": {name: round(share, 4) for name, share in found.items()},
+        "generated_from_open_prompts": count_open,
+        "confidence_on_open_prompts": {name: round(mean, 4) for name, mean in confident.items()},
     }
     work_dir.mkdir(parents=True, exist_ok=True)
     (Path(base_dir) / "check.json").write_text(json.dumps(report, indent=2) + "\n")
-    contact_sheet(images[:120], 12).save(work_dir / "check.png")
+    for name, made in (("prompted", images), ("open", open_images)):
+        contact_sheet(made[:120], 12).save(work_dir / f"{Path(base_dir).name}-{name}.png")
     return report
