@@ -14,12 +14,12 @@ import time
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from peft import inject_adapter_in_model
 
 from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior
-from s2ft_diffusion.dreambooth.arguments import DEFAULT_STEPS, amount, parse_arguments
-from s2ft_diffusion.dreambooth.batches import estimate_draws
+from s2ft_diffusion.dreambooth.arguments import amount
+from s2ft_diffusion.dreambooth.batches import Layout, estimate_draws
+from s2ft_diffusion.dreambooth.settings import DEFAULT_STEPS, EstimateSettings
 from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.tuner.config import PRESETS
 from s2ft_diffusion.tuner.prior import place_from_prior
@@ -51,8 +51,8 @@ def main() -> None:
     batch = inputs(args.shape, 1, args.pixels, args.device, torch.float32)
     rows = []
     for preset in args.presets:
-        defaults = parse_arguments(["--instance_dir", "photos", "--preset", preset])
-        gradients = PHOTOS * estimate_draws(defaults, PHOTOS, Accelerator(cpu=True))
+        defaults = EstimateSettings.of(preset)
+        gradients = PHOTOS * estimate_draws(defaults, Layout(DEFAULT_STEPS), PHOTOS)
         for targets in args.targets:
             model = sharing_weights(base)
             config = S2FTConfig.from_preset(
@@ -73,7 +73,7 @@ def main() -> None:
 
             def estimate(model=model, loss=loss, priors=priors, defaults=defaults) -> None:
                 batches = [batch] * GRADIENTS
-                priors[:] = [estimate_prior(model, loss, batches, estimate=defaults.estimate)]
+                priors[:] = [estimate_prior(model, loss, batches, estimate=defaults.kind)]
 
             seconds = medians(alternate({"estimate": estimate, "step": step}, args.rounds))
             seconds |= medians(
@@ -89,9 +89,7 @@ def main() -> None:
                     "one gradient, s": round(seconds["estimate"], 3),
                     "rearrange + sample, s": round(seconds["place"], 3),
                     "training step of one image, s": round(seconds["step"], 3),
-                    "set-up / default run": round(
-                        setup / (setup + DEFAULT_STEPS * defaults.train_batch_size * seconds["step"]), 4
-                    ),
+                    "set-up / default run": round(setup / (setup + DEFAULT_STEPS * seconds["step"]), 4),
                 }
             )
     report("setup", args, rows, steps=DEFAULT_STEPS)

@@ -10,39 +10,39 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .methods import METHODS, Method
+from .methods import METHODS, Method, s2ft
 from .protocol import DEVELOPMENT, add_protocol_arguments, make_quick
 from .rates import STEP
 from .study import run_study
 from .table import markdown, markdown_of_trials
 
-# Group, then each variant's flags for the trainer, on top of the default preset.
-VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+# Group, then what each variant changes in the default preset or its estimate.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sampling": {
-        "random": ("--sampling", "random"),
-        "low frequency": ("--sampling", "low_frequency"),
-        "the largest": ("--sampling", "top"),
+        "random": {"sampling": "random"},
+        "low frequency": {"sampling": "low_frequency"},
+        "the largest": {"sampling": "top"},
     },
-    "gamma": {f"gamma {g}": ("--gamma", g) for g in ("0.5", "1", "1.5", "3", "5")},
-    "n": {f"n {n}": ("--n_frequency", n) for n in ("0.005", "0.01", "0.04", "0.08")},
+    "gamma": {f"gamma {g:g}": {"gamma": g} for g in (0.5, 1.0, 1.5, 3.0, 5.0)},
+    "n": {f"n {n}": {"n_frequency": n} for n in (0.005, 0.01, 0.04, 0.08)},
     "prior": {
-        "gradient": ("--estimate", "gradient"),
-        "normalized": ("--estimate", "normalized"),
+        "gradient": {"estimate": "gradient"},
+        "normalized": {"estimate": "normalized"},
         # One step a draw of each of the toybox's six photos.
-        **{f"{6 * n} steps": ("--estimate_draws", str(n)) for n in (2, 4, 8, 24)},
+        **{f"{6 * n} steps": {"estimate_draws": n} for n in (2, 4, 8, 24)},
     },
-    "coefficients": {"real": ("--coefficients", "real")},
-    "norm": {"backward": ("--norm", "backward", "--scaling", "100")},
+    "coefficients": {"real": {"coefficients": "real"}},
+    "norm": {"backward": {"norm": "backward", "scaling": 100.0}},
     "rearrangement": {
-        "none": ("--rearrange", "none"),
-        "Euclidean": ("--distance", "euclidean"),
-        "no signs": ("--signs", "no"),
-        "no 2-opt": ("--refine", "none"),
+        "none": {"rearrange": "none"},
+        "Euclidean": {"distance": "euclidean"},
+        "no signs": {"signs": False},
+        "no 2-opt": {"refine": None},
     },
 }
 # The search goes down first, and what reaches less of the change wants a higher rate than the default does.
 RATE = METHODS[-1].rate * STEP
-DEFAULT = Method("ablation-default", "default", "s2ft", RATE, ("--preset", "default"))
+DEFAULT = s2ft("ablation-default", "default", RATE)
 
 
 QUICK = {
@@ -61,9 +61,9 @@ def methods(groups: list[str]) -> list[Method]:
     """The default and all variants of some groups."""
     found = [DEFAULT]
     for group in groups:
-        for title, flags in VARIANTS[group].items():
+        for title, options in VARIANTS[group].items():
             name = f"{group}-{title}".replace(" ", "-").replace(",", "")
-            found.append(Method(name, f"{group}: {title}", "s2ft", RATE, ("--preset", "default", *flags)))
+            found.append(s2ft(name, f"{group}: {title}", RATE, **options))
     return found
 
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffusers import UNet2DConditionModel
 from peft import FourierFTConfig, LoraConfig, PeftConfig, WaveFTConfig
 from torch import nn
 
-from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS, parse_arguments, s2ft_config
+from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS
 from s2ft_diffusion.dreambooth.batches import ESTIMATE_SHARE, FULL_DRAWS
+from s2ft_diffusion.dreambooth.settings import AdapterSettings, EstimateSettings
 from s2ft_diffusion.tuner.layer import delta_shape
+from s2ft_diffusion.tuner.prior import Estimate
 
 FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
 LORA_NUMBERS = 12.0
-ESTIMATE = ("estimate", "estimate_draws")
 
 Kind = Literal["drawn", "base", "full", "lora", "fourierft", "waveft", "s2ft"]
 
@@ -27,7 +27,7 @@ Kind = Literal["drawn", "base", "full", "lora", "fourierft", "waveft", "s2ft"]
 class Method:
     """One row of a comparison.
 
-    `rate` is where the search for its learning rate begins; `flags` are further flags of the S²FT trainer, for methods
+    `rate` is where the search for its learning rate begins; `adapter` and `estimate` are S²FT's settings, for methods
     of that kind.
     """
 
@@ -35,7 +35,8 @@ class Method:
     title: str
     kind: Kind
     rate: float = 0.0
-    flags: tuple[str, ...] = ()
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    estimate: EstimateSettings = field(default_factory=EstimateSettings)
 
     @property
     def trains(self) -> bool:
@@ -43,19 +44,32 @@ class Method:
 
     def definition(self) -> dict[str, Any]:
         """What the method is at this moment, presets resolved: results of another definition are no results of it."""
-        return {"kind": self.kind, **(_options(self.flags) if self.kind == "s2ft" else {})}
+        return {"kind": self.kind, **(self._options() if self.kind == "s2ft" else {})}
+
+    def _options(self) -> dict[str, Any]:
+        config = self.adapter.config(["any"], 0)
+        options = {name: getattr(config, name) for name in S2FT_OPTIONS if name != "n_frequency"}
+        if "n_frequency" in self.adapter.options:  # its own size instead of the comparison's
+            options["n_frequency"] = config.n_frequency
+        draws = self.estimate.draws
+        if draws is None:  # then by a rule, which is part of what the method is
+            draws = [ESTIMATE_SHARE, *FULL_DRAWS]
+        return {**options, "estimate": self.estimate.kind, "estimate_draws": draws}
 
 
-@cache
-def _options(flags: tuple[str, ...]) -> dict[str, Any]:
-    args = parse_arguments(["--instance_dir", "photos", *flags])
-    config = s2ft_config(args, ["any"])
-    options = {name: getattr(config, name) for name in S2FT_OPTIONS if name != "n_frequency"}
-    if args.n_frequency is not None:  # its own size instead of the comparison's
-        options["n_frequency"] = args.n_frequency
-    if args.estimate_draws is None:  # then by a rule, which is part of what the method is
-        args.estimate_draws = [ESTIMATE_SHARE, *FULL_DRAWS]
-    return {**options, **{name: getattr(args, name) for name in ESTIMATE}}
+def s2ft(
+    name: str,
+    title: str,
+    rate: float,
+    preset: str = "default",
+    *,
+    estimate: Estimate | None = None,
+    estimate_draws: int | None = None,
+    **options: Any,
+) -> Method:
+    """S²FT by a preset, with fields of its config, or another estimate, instead of the preset's."""
+    adapter = AdapterSettings(preset, options=options)
+    return Method(name, title, "s2ft", rate, adapter, EstimateSettings.of(preset, estimate, estimate_draws))
 
 
 # Not to be trained: what the others are beside. DRAWN is what they aim at, where a subject can be drawn.
@@ -67,8 +81,8 @@ METHODS = (
     Method("lora", "LoRA", "lora", 1e-3),
     Method("fourierft", "FourierFT", "fourierft", 1e-2),
     Method("waveft", "WaveFT", "waveft", 1e-3),
-    Method("s2ft-paper", "S²FT, paper", "s2ft", 1e-2, ("--preset", "paper")),
-    Method("s2ft-default", "S²FT, default", "s2ft", 3e-3, ("--preset", "default")),
+    s2ft("s2ft-paper", "S²FT, paper", 1e-2, "paper"),
+    s2ft("s2ft-default", "S²FT, default", 3e-3),
 )
 
 

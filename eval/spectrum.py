@@ -24,11 +24,11 @@ from s2ft_diffusion.adapters.file import Adapter
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.settings import EstimateSettings
 from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 from s2ft_diffusion.tuner.config import S2FTConfig
-from s2ft_diffusion.tuner.prior import estimate_prior
 from s2ft_diffusion.tuner.spectrum import delta_weight
 
 from . import energy
@@ -159,10 +159,9 @@ def priors(plan: Run, device: str) -> dict[str, dict[str, torch.Tensor]]:
     """Every prior of `PRIORS`, by layer."""
     found = {}
     for name, (estimate, draws) in tqdm(PRIORS.items(), desc="priors"):
-        flags = ["--estimate", estimate, "--estimate_draws", str(draws)]
-        session = Session(plan, flags, device)
+        session = Session(plan, device=device)
         session.unet.add_adapter(S2FTConfig(target_modules=session.targets, n_frequency=plan.n_frequency))
-        estimated = estimate_prior(session.unet, session.loss, session.estimate_batches(), estimate=estimate)
+        estimated = session.prior(EstimateSettings(estimate, draws))
         found[name] = {layer: matrix.float().cpu() for layer, matrix in estimated.items()}
     return found
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,14 +22,14 @@ from torch import nn
 from tqdm import tqdm
 
 from s2ft_diffusion.adapters.file import collect_adapter, write_adapter
-from s2ft_diffusion.dreambooth.arguments import parse_arguments, s2ft_config
 from s2ft_diffusion.dreambooth.base import Base, load_base, plan_base
-from s2ft_diffusion.dreambooth.batches import estimate_batches
+from s2ft_diffusion.dreambooth.batches import Layout, estimate_batches
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import Diverged
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
 from s2ft_diffusion.dreambooth.prompts import Prompts
+from s2ft_diffusion.dreambooth.settings import AdapterSettings, BaseSettings, EstimateSettings
 from s2ft_diffusion.pipelines.targets import attention_targets
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
 
@@ -39,7 +37,6 @@ from .methods import Method, peft_config
 
 ADAPTER = "default"
 HELD_OUT_DRAWS = 64  # at least, over the pictures that are not trained on
-ALONE = SimpleNamespace(process_index=0, num_processes=1)  # a run is one process's, however many share the work
 
 
 @dataclass(frozen=True)
@@ -79,26 +76,16 @@ class Trained:
     losses: list[float]
 
 
-def trainer_arguments(run: Run, flags: Sequence[str] = ()) -> argparse.Namespace:
-    """The recipe's arguments for a run."""
-    resolution = ["--resolution", str(run.resolution)] if run.resolution else []
-    return parse_arguments(
-        [
-            "--pretrained_model_name_or_path", run.base, "--instance_dir", str(run.photos),
-            "--instance_prompt", run.instance_prompt, "--seed", str(run.seed), "--n_frequency", str(run.n_frequency),
-            "--targets", run.targets, "--center_crop", "--train_batch_size", str(run.batch),
-            "--max_train_steps", str(run.steps), "--report_to", "none", *resolution, *flags,
-        ]
-    )  # fmt: skip
-
-
 class Session:
-    """The base, loaded for a run, with its loss and its draws."""
+    """The base, loaded for a run, with its loss and its draws; `adapter` are S²FT's options."""
 
-    def __init__(self, run: Run, flags: Sequence[str] = (), device: str = "cpu") -> None:
+    def __init__(self, run: Run, adapter: AdapterSettings | None = None, device: str = "cpu") -> None:
         self.run = run
-        self.args = trainer_arguments(run, flags)
-        self.plan = plan_base(self.args)
+        adapter = adapter or AdapterSettings()
+        options = {"n_frequency": run.n_frequency, **adapter.options}
+        self.adapter = replace(adapter, targets=run.targets, options=options)
+        self.layout = Layout(run.steps, run.batch)  # a run is one process's, however many share the work
+        self.plan = plan_base(BaseSettings(run.base), self.adapter, run.resolution, run.seed)
         self.base = load_base(self.plan)
         for model in (self.base.unet, self.base.vae, self.base.text_encoder):
             model.to(device)
@@ -123,9 +110,10 @@ class Session:
     def targets(self) -> list[str]:
         return attention_targets(self.unet, self.run.targets)
 
-    def estimate_batches(self) -> list:
-        """The draws that a prior is estimated from, as the recipe takes them."""
-        return estimate_batches(self.args, self.stream, self.source, ALONE)
+    def prior(self, settings: EstimateSettings) -> dict[str, torch.Tensor]:
+        """The prior of what is attached, from the draws that the recipe takes."""
+        batches = estimate_batches(settings, self.layout, self.stream, self.source, self.run.instance_prompt)
+        return estimate_prior(self.unet, self.loss, batches, estimate=settings.kind)
 
     def batch(self, step: int) -> list:
         """The samples of an optimizer step."""
@@ -148,9 +136,8 @@ class Session:
         if method.kind == "full":
             self.unet.requires_grad_(True)
         elif method.kind == "s2ft":
-            self.unet.add_adapter(s2ft_config(self.args, self.targets), ADAPTER)
-            prior = estimate_prior(self.unet, self.loss, self.estimate_batches(), estimate=self.args.estimate)
-            place_from_prior(self.unet, prior)
+            self.unet.add_adapter(self.plan.configs["unet"], ADAPTER)
+            place_from_prior(self.unet, self.prior(method.estimate))
         elif method.trains:
             config = peft_config(method.kind, self.unet, self.targets, self.run.n_frequency, self.run.seed)
             self.unet.add_adapter(config, ADAPTER)
@@ -158,7 +145,7 @@ class Session:
 
 def train(method: Method, rate: float, run: Run, device: str = "cpu") -> Trained:
     """Train a method on a subject. Raises Diverged for a loss that is not finite."""
-    session = Session(run, method.flags, device)
+    session = Session(run, method.adapter, device)
     size = sum(p.numel() for p in session.unet.parameters())
     losses: list[float] = []
     with peak_memory(device) as peak:
@@ -177,7 +164,7 @@ def held_out_loss(method: Method, rate: float, run: Run, device: str = "cpu") ->
     """Train a method, and what that does to the loss on pictures it was not shown, relative to the base's: below 1 it
     has learned what the subject looks like, above 1 its photos by heart. Raises Diverged as `train` does.
     """
-    session = Session(run, method.flags, device)
+    session = Session(run, method.adapter, device)
     before = session.held_out_loss()
     session.attach(method)
     _fit(session, method, rate)

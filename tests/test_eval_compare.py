@@ -172,7 +172,7 @@ def test_pictures_that_are_held_out_are_not_trained_on(tmp_path) -> None:
     assert train(lora, 1e-3, held_out).losses == pytest.approx(train(lora, 1e-3, fewer).losses, rel=1e-5)
     assert held_out_loss(lora, 0.0, held_out) == 1.0
     assert held_out_loss(lora, 1e-3, held_out) != 1.0
-    one, other = (Session(held_out, method.flags).held_out_loss() for method in (lora, METHODS[-1]))
+    one, other = (Session(held_out, method.adapter).held_out_loss() for method in (lora, METHODS[-1]))
     assert one == pytest.approx(other, rel=1e-5)  # all methods are judged by the same draws
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from s2ft_diffusion.dreambooth.arguments import parse_arguments
-from s2ft_diffusion.dreambooth.batches import estimate_draws
+from s2ft_diffusion.dreambooth.batches import Layout, estimate_draws
 from s2ft_diffusion.dreambooth.draws import DrawStream, process_slots, replayed
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images, load_image
@@ -156,8 +155,9 @@ def test_estimate_draws_are_stratified() -> None:
     ],
 )
 def test_a_longer_run_has_a_longer_estimate(flags, images, processes, draws) -> None:
-    args = parse_arguments(["--instance_dir", "photos", *flags])
-    assert estimate_draws(args, images, SimpleNamespace(num_processes=processes)) == draws
+    settings = parse_arguments(["--instance_dir", "photos", *flags])
+    layout = Layout.of(settings.length, images, processes)
+    assert estimate_draws(settings.estimate, layout, images) == draws
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "processes"), [(2, 1, 1), (1, 2, 1), (1, 1, 2)])

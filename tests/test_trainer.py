@@ -433,7 +433,7 @@ def test_the_default_base_is_named_with_the_ways_out(photos, tmp_path) -> None:
 
 
 def test_diffusers_spelling_of_the_folder(photos) -> None:
-    assert parse_arguments(["--instance_data_dir", str(photos)]).instance_dir == str(photos)
+    assert parse_arguments(["--instance_data_dir", str(photos)]).photos.folder == photos
     flags = {option for action in build_parser()._actions for option in action.option_strings}
     theirs = """instance_data_dir class_data_dir instance_prompt class_prompt validation_prompt num_validation_images
     validation_epochs with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution center_crop

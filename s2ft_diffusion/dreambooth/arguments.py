@@ -17,12 +17,30 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..adapters.format import DTYPES
 from ..pipelines.targets import TARGETS
-from ..tuner.config import PRESETS, S2FTConfig
+from ..tuner.config import PRESETS
 from .errors import InputError
+from .settings import (
+    DEFAULT_BASE,
+    LEARNING_RATE,
+    AdapterSettings,
+    BaseSettings,
+    CheckpointSettings,
+    ClassSettings,
+    ComputeSettings,
+    EstimateSettings,
+    HubSettings,
+    LengthSettings,
+    LogSettings,
+    LossSettings,
+    OptimizerSettings,
+    PhotoSettings,
+    Settings,
+    ValidationSettings,
+)
 
-DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
+POLYNOMIAL_END = 1e-7  # diffusers' polynomial schedule goes down to this rate
 S2FT_OPTIONS = (
     "n_frequency", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange", "distance", "signs", "refine",
 )  # fmt: skip
@@ -136,29 +154,83 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-POLYNOMIAL_END = 1e-7  # diffusers' polynomial schedule goes down to this rate
-LEARNING_RATE = 1e-3  # what measured best on the embedded base, for both presets: docs/learning-rate.md
-DEFAULT_STEPS = 500
-ESTIMATES = {"default": "full", "paper": "gradient"}  # docs/evaluation.md
-ESTIMATE_DRAWS = 8  # for "gradient" and "normalized"
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check the command line; raises InputError for flags that contradict each other.
-
-    Fills in what depends on other flags: the prompt, the preset's estimate and its draws.
-    """
+def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
+    """Parse and check the command line; raises InputError for flags that contradict each other."""
     args = build_parser().parse_args(argv)
     args.prompt_was_given = args.instance_prompt is not None
     args.subject = args.subject or folder_words(args.instance_dir)
     if not args.prompt_was_given:
         args.instance_prompt = f"a photo of sks {args.subject}"
-    args.estimate = args.estimate or ESTIMATES[args.preset]
-    if args.estimate_draws is None and args.estimate != "full":  # else by the run's length: batches.estimate_draws
-        args.estimate_draws = ESTIMATE_DRAWS
+    estimate = EstimateSettings.of(args.preset, args.estimate, args.estimate_draws)
+    args.estimate, args.estimate_draws = estimate.kind, estimate.draws
     args.processes = int(os.environ.get("WORLD_SIZE", "1"))
     _check(args)
-    return args
+    settings = _settings(args)
+    try:
+        settings.adapter.config(["any"], args.seed)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return settings
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    """The flags as values, each with those that it belongs with."""
+    options: dict[str, Any] = {name: getattr(args, name) for name in S2FT_OPTIONS if getattr(args, name) is not None}
+    if options.get("refine") == "none":
+        options["refine"] = None
+    classes = validation = None
+    if args.with_prior_preservation:
+        classes = ClassSettings(
+            Path(args.class_data_dir), args.class_prompt, args.num_class_images, args.prior_loss_weight,
+            args.prior_generation_precision, args.sample_batch_size,
+        )  # fmt: skip
+    if args.validation_prompt:
+        validation = ValidationSettings(args.validation_prompt, args.num_validation_images, args.validation_epochs)
+    plain = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | None)}
+    return Settings(
+        base=BaseSettings(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.tokenizer_max_length
+        ),
+        photos=PhotoSettings(
+            Path(args.instance_dir), args.subject, args.instance_prompt, args.resolution, args.center_crop,
+            args.random_flip,
+        ),
+        classes=classes,
+        adapter=AdapterSettings(args.preset, args.targets, args.train_text_encoder, options),
+        estimate=EstimateSettings(args.estimate, args.estimate_draws),
+        loss=LossSettings(args.snr_gamma),
+        length=LengthSettings(
+            args.train_batch_size, args.gradient_accumulation_steps, args.max_train_steps, args.num_train_epochs
+        ),
+        optimizer=OptimizerSettings(
+            rate=args.learning_rate,
+            scale_rate=args.scale_lr,
+            schedule=args.lr_scheduler,
+            warmup_steps=args.lr_warmup_steps,
+            cycles=args.lr_num_cycles,
+            power=args.lr_power,
+            eight_bit=args.use_8bit_adam,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            epsilon=args.adam_epsilon,
+            max_grad_norm=args.max_grad_norm,
+        ),
+        compute=ComputeSettings(
+            args.mixed_precision, args.allow_tf32, args.enable_xformers_memory_efficient_attention,
+            args.gradient_checkpointing,
+        ),
+        checkpoints=CheckpointSettings(
+            args.checkpointing_steps, args.checkpoints_total_limit, args.resume_from_checkpoint,
+            args.overwrite_output_dir,
+        ),
+        validation=validation,
+        logs=LogSettings(args.report_to, args.logging_dir),
+        hub=HubSettings(args.hub_model_id, args.hub_token) if args.push_to_hub else None,
+        output_dir=Path(args.output_dir),
+        seed=args.seed,
+        dtype=args.adapter_dtype,
+        flags={name: value for name, value in plain.items() if name != "hub_token"},
+    )  # fmt: skip
 
 
 def folder_words(folder: str) -> str:
@@ -215,15 +287,3 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--report_to must be one of {(*TRACKERS, 'all', 'none')}, got {args.report_to!r}.")
     if args.report_to in TRACKERS and importlib.util.find_spec(args.report_to) is None:
         raise InputError(f"--report_to {args.report_to} needs the package of that name, or choose --report_to none.")
-    try:
-        s2ft_config(args, ["any"])
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-def s2ft_config(args: argparse.Namespace, target_modules: list[str]) -> S2FTConfig:
-    """The adapter's config: the preset with the options that were given on top."""
-    options: dict[str, Any] = {name: getattr(args, name) for name in S2FT_OPTIONS if getattr(args, name) is not None}
-    if options.get("refine") == "none":
-        options["refine"] = None
-    return S2FTConfig.from_preset(args.preset, target_modules=target_modules, seed=args.seed, **options)

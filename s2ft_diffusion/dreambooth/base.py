@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,8 @@ from ..pipelines.targets import attention_targets
 from ..tuner.config import S2FTConfig
 from ..tuner.layer import delta_shape
 from ..tuner.spectrum import count_positions
-from .arguments import s2ft_config
 from .errors import InputError
+from .settings import AdapterSettings, BaseSettings
 
 
 @dataclass
@@ -35,16 +34,16 @@ class BasePlan:
     variant: dict[str, str]
 
 
-def plan_base(args: argparse.Namespace) -> BasePlan:
-    """Read the base's configs and check the flags against them.
+def plan_base(settings: BaseSettings, adapter: AdapterSettings, resolution: int | None, seed: int) -> BasePlan:
+    """Read the base's configs and check against them what is to be adapted, at which side in pixels.
 
     Raises InputError for a base that cannot be reached, is no Stable Diffusion 1.x/2.x, a resolution that its
     autoencoder cannot take, and an n_frequency that a layer (named) has no room for.
     """
-    name = args.pretrained_model_name_or_path
+    name = settings.name
     location, embedded = toybox.resolve(name), toybox.is_embedded(name)
-    revision = {"revision": args.revision} if args.revision and not embedded else {}
-    variant = {"variant": args.variant} if args.variant and not embedded else {}
+    revision = {"revision": settings.revision} if settings.revision and not embedded else {}
+    variant = {"variant": settings.variant} if settings.variant and not embedded else {}
     try:
         unet_config = UNet2DConditionModel.load_config(location, subfolder="unet", **revision)
         vae_config = AutoencoderKL.load_config(location, subfolder="vae", **revision)
@@ -59,18 +58,18 @@ def plan_base(args: argparse.Namespace) -> BasePlan:
     if unet_config.get("addition_embed_type") or unet_config["in_channels"] != vae_config["latent_channels"]:
         raise InputError(f"{name!r} is no text-to-image Stable Diffusion 1.x or 2.x, which is what this trains.")
     factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    resolution = args.resolution or unet_config["sample_size"] * factor
+    resolution = resolution or unet_config["sample_size"] * factor
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(unet_config)
         models: dict[str, nn.Module] = {"unet": unet}
-        if args.train_text_encoder:
+        if adapter.train_text_encoder:
             models["text_encoder"] = CLIPTextModel(text_config)
     least = factor * 2 ** (len(unet_config["block_out_channels"]) - 1)
     if resolution % least:
         raise InputError(f"--resolution must be a multiple of {least} for this base, got {resolution}.")
     configs = {}
     for component, model in models.items():
-        configs[component] = s2ft_config(args, attention_targets(model, args.targets))
+        configs[component] = adapter.config(attention_targets(model, adapter.targets), seed)
         _check_room(component, model, configs[component])
     side = resolution // factor
     latent_shape = (unet_config["in_channels"], side, side)
@@ -95,6 +94,11 @@ class Base:
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     scheduler: DDPMScheduler
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the models, in one type."""
+        for model in (self.vae, self.text_encoder, self.unet):
+            model.to(device, dtype)
 
     def pipeline(self, plan: BasePlan) -> StableDiffusionPipeline:
         """A pipeline around these very models, with the base's own sampling scheduler."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from accelerate import Accelerator
-
-from .arguments import DEFAULT_STEPS
 from .draws import Draw, DrawStream, process_slots, replayed
 from .loss import LatentSource
+from .settings import DEFAULT_STEPS, EstimateSettings, LengthSettings
 
 # Of "full", a step each: 8 % of the images that training sees, about as much of the time at one image a batch
 # (docs/performance.md), but no fewer and no more of each image than these.
@@ -20,69 +18,81 @@ FULL_DRAWS = (4, 24)
 Sample = tuple[Draw, LatentSource, str, float]
 
 
-def images_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
-    """Instance images that one optimizer step sees, over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+@dataclass(frozen=True)
+class Layout:
+    """How long a run is, and how its samples are shared out: steps, micro-steps, processes and batches."""
+
+    steps: int
+    batch: int = 1
+    accumulation: int = 1
+    processes: int = 1
+    rank: int = 0
+
+    @classmethod
+    def of(cls, length: LengthSettings, images: int, processes: int = 1, rank: int = 0) -> Layout:
+        """What the settings mean for so many images and processes."""
+        layout = cls(length.steps or DEFAULT_STEPS, length.batch, length.accumulation, processes, rank)
+        if length.epochs is None:
+            return layout
+        steps = length.epochs * layout.steps_per_epoch(images)
+        return cls(steps, length.batch, length.accumulation, processes, rank)
+
+    @property
+    def images_per_step(self) -> int:
+        """Instance images that one optimizer step sees, over all processes."""
+        return self.batch * self.accumulation * self.processes
+
+    def steps_per_epoch(self, images: int) -> int:
+        return math.ceil(images / self.images_per_step)
+
+    def numbers(self, step: int, micro_step: int) -> Iterator[int]:
+        """The numbers of the samples that this process takes in a micro-step of an optimizer step."""
+        return process_slots(
+            replayed(step, self.steps), micro_step, self.batch, self.accumulation, self.processes, self.rank
+        )
 
 
-def steps_per_epoch(args: argparse.Namespace, images: int, accelerator: Accelerator) -> int:
-    return math.ceil(images / images_per_step(args, accelerator))
-
-
-def total_steps(args: argparse.Namespace, images: int, accelerator: Accelerator) -> int:
-    if args.num_train_epochs is None:
-        return args.max_train_steps or DEFAULT_STEPS
-    return args.num_train_epochs * steps_per_epoch(args, images, accelerator)
-
-
-def estimate_draws(args: argparse.Namespace, images: int, accelerator: Accelerator) -> int:
+def estimate_draws(settings: EstimateSettings, layout: Layout, images: int) -> int:
     """Draws of each of the `images` for the estimate.
 
     Unless given, those of "full" are `ESTIMATE_SHARE` of the images that training sees, within `FULL_DRAWS`: a prior of
     more steps is a better one. However many processes share a run's batches, its prior is the same.
     """
-    if args.estimate_draws is not None:
-        return args.estimate_draws
-    trained = total_steps(args, images, accelerator) * images_per_step(args, accelerator)
+    if settings.draws is not None:
+        return settings.draws
     least, most = FULL_DRAWS
-    return max(least, min(most, round(ESTIMATE_SHARE * trained / images)))
+    return max(least, min(most, round(ESTIMATE_SHARE * layout.steps * layout.images_per_step / images)))
 
 
 def estimate_batches(
-    args: argparse.Namespace, stream: DrawStream, source: LatentSource, accelerator: Accelerator
+    settings: EstimateSettings, layout: Layout, stream: DrawStream, source: LatentSource, prompt: str
 ) -> list[list[Sample]]:
     """One draw a batch, shared out over the processes; for "full", every process takes the same steps (Adam does not
     mind that their gradients are added)."""
-    batches = [[draw] for draw in stream.stratified(estimate_draws(args, len(source), accelerator))]
-    if args.estimate != "full":
-        batches = batches[accelerator.process_index :: accelerator.num_processes]
-    return [[(draw, source, args.instance_prompt, 1.0) for draw in batch] for batch in batches]
+    draws = stream.stratified(estimate_draws(settings, layout, len(source)))
+    if settings.kind != "full":
+        draws = draws[layout.rank :: layout.processes]
+    return [[(draw, source, prompt, 1.0)] for draw in draws]
 
 
-def training_batches(
-    args: argparse.Namespace,
-    step: int,
-    steps: int,
-    streams: Sequence[DrawStream],
-    sources: Sequence[LatentSource],
-    accelerator: Accelerator,
-) -> Iterator[list[Sample]]:
-    """The micro-batches of one optimizer step for this process; with class images, each has as many of both."""
-    prompts = (args.instance_prompt, args.class_prompt)
-    weights = (2.0, 2.0 * args.prior_loss_weight) if len(sources) == 2 else (1.0,)
-    for micro in range(args.gradient_accumulation_steps):
-        slots = list(
-            process_slots(
-                replayed(step, steps),
-                micro,
-                args.train_batch_size,
-                args.gradient_accumulation_steps,
-                accelerator.num_processes,
-                accelerator.process_index,
-            )
-        )
-        yield [
-            (stream.sample(number), source, prompt, weight)
-            for stream, source, prompt, weight in zip(streams, sources, prompts, weights, strict=False)
-            for number in slots
-        ]
+@dataclass(frozen=True)
+class Pictures:
+    """A set of images to train on, with their prompt, their draws and the weight of their loss."""
+
+    source: LatentSource
+    stream: DrawStream
+    prompt: str
+    weight: float = 1.0
+
+    def sample(self, number: int, share: float = 1.0) -> Sample:
+        return self.stream.sample(number), self.source, self.prompt, share * self.weight
+
+
+def training_batches(layout: Layout, step: int, sets: Sequence[Pictures]) -> Iterator[list[Sample]]:
+    """The micro-batches of one optimizer step for this process; with class images, each has as many of both.
+
+    A set's weight is that of its mean: with two sets, each sample counts twice in the mean over both.
+    """
+    for micro_step in range(layout.accumulation):
+        numbers = list(layout.numbers(step, micro_step))
+        yield [pictures.sample(number, float(len(sets))) for pictures in sets for number in numbers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from torch import nn
 from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterFileError, collect_adapter, read_adapter, write_adapter
 from ..adapters.names import name_in
 from .errors import InputError
+from .settings import CheckpointSettings
 
 logger = logging.getLogger("train_dreambooth_s2ft")
 ADAPTER = "default"
@@ -34,12 +34,6 @@ FREE_FLAGS = frozenset(
         "pre_compute_text_embeddings", "estimate", "estimate_draws", "subject",
     )
 )  # fmt: skip
-
-
-def run_flags(args: argparse.Namespace) -> dict[str, object]:
-    """The flags of a run for checkpoints and trackers: without the hub's token."""
-    plain = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | None)}
-    return {name: value for name, value in plain.items() if name != "hub_token"}
 
 
 @dataclass
@@ -71,13 +65,12 @@ def _when_written(path: Path) -> float:
         return 0.0
 
 
-def prepare_output_dir(args: argparse.Namespace) -> Path | None:
-    """Make the output folder and say which checkpoint to resume from, if any.
+def prepare_output_dir(output_dir: Path, settings: CheckpointSettings, flags: Mapping[str, object]) -> Path | None:
+    """Make the output folder and say which checkpoint to resume from, if any; `flags` are those of this run.
 
     Raises InputError for a folder that cannot be written, one with another run's checkpoints and neither
     --resume_from_checkpoint nor --overwrite_output_dir, and a checkpoint that is not there or of a different run.
     """
-    output_dir = Path(args.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / f".writable-{os.getpid()}"
@@ -86,31 +79,31 @@ def prepare_output_dir(args: argparse.Namespace) -> Path | None:
     except OSError as error:
         raise InputError(f"The output folder {output_dir} cannot be written: {error.strerror}.") from None
     present = list_checkpoints(output_dir)
-    if args.resume_from_checkpoint is None:
-        if present and not args.overwrite_output_dir:
+    if settings.resume_from is None:
+        if present and not settings.overwrite:
             raise InputError(
                 f"{output_dir} has another run's checkpoints ({present[-1].name}): go on with it by "
                 "--resume_from_checkpoint latest, or start anew with --overwrite_output_dir."
             )
         return None
-    if args.resume_from_checkpoint == "latest":
+    if settings.resume_from == "latest":
         if not present:
             logger.info("There is no checkpoint in %s yet: starting from the beginning.", output_dir)
             return None
         path = present[-1]
     else:
-        path = Path(args.resume_from_checkpoint)
+        path = Path(settings.resume_from)
         path = path if path.is_dir() else output_dir / path
     if not (path / STATE_NAME).is_file():
-        raise InputError(f"{args.resume_from_checkpoint}: there is no checkpoint.")
-    flags = read_state(path).flags
-    different = [name for name in run_flags(args) if name not in FREE_FLAGS and flags.get(name) != getattr(args, name)]
+        raise InputError(f"{settings.resume_from}: there is no checkpoint.")
+    then = read_state(path).flags
+    different = [name for name, value in flags.items() if name not in FREE_FLAGS and then.get(name) != value]
     if "images" in different:
-        before, now = (set(str(images).split(", ")) for images in (flags.get("images"), args.images))
+        before, now = (set(str(images).split(", ")) for images in (then.get("images"), flags["images"]))
         changed = ", ".join(sorted({entry.rpartition(" ")[0] for entry in before ^ now}))
         raise InputError(f"{path} is a checkpoint of a run on other photos: {changed} differ.")
     if different:
-        changes = ", ".join(f"--{name} {getattr(args, name)} (was {flags.get(name)})" for name in different)
+        changes = ", ".join(f"--{name} {flags[name]} (was {then.get(name)})" for name in different)
         raise InputError(f"{path} is a checkpoint of a run with other flags: {changes}.")
     return path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
@@ -14,36 +13,38 @@ from tqdm.auto import tqdm
 from ..tuner.seeding import seeded
 from .base import BasePlan
 from .images import find_images, load_image
+from .settings import ClassSettings
 
 
-def ensure_class_images(folder: Path, args: argparse.Namespace, plan: BasePlan, accelerator: Accelerator) -> int:
-    """Generate class images until the folder has `--num_class_images`; returns how many were made.
+def ensure_class_images(settings: ClassSettings, plan: BasePlan, seed: int, accelerator: Accelerator) -> int:
+    """Generate class images until the folder has `settings.count`; returns how many were made.
 
     Image `i` has its own seed and name, so that the set is the same however it is split over batches and processes,
     and an interrupted call goes on where it stopped. The pipeline is one of its own, in its own precision.
     """
+    folder = settings.folder
     folder.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in present_class_images(folder)}
-    names = [f"class-{i:05d}.png" for i in range(args.num_class_images)]
+    names = [f"class-{i:05d}.png" for i in range(settings.count)]
     missing = [(i, name) for i, name in enumerate(names) if name not in present]
-    missing = missing[: max(0, args.num_class_images - len(present))]
+    missing = missing[: max(0, settings.count - len(present))]
     accelerator.wait_for_everyone()  # until all have listed, nobody writes
     if not missing:
         return 0
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    dtype = generation_dtype(args.prior_generation_precision, accelerator.device)
+    dtype = generation_dtype(settings.precision, accelerator.device)
     pipeline = StableDiffusionPipeline.from_pretrained(
         plan.location, torch_dtype=dtype, safety_checker=None, **plan.revision, **plan.variant
     ).to(accelerator.device, dtype)
     pipeline.set_progress_bar_config(disable=True)
     bar = tqdm(total=len(mine), desc="class images", disable=not accelerator.is_main_process)
-    for start in range(0, len(mine), args.sample_batch_size):
-        part = mine[start : start + args.sample_batch_size]
+    for start in range(0, len(mine), settings.batch):
+        part = mine[start : start + settings.batch]
         images = pipeline(
-            [args.class_prompt] * len(part),
+            [settings.prompt] * len(part),
             height=plan.resolution,
             width=plan.resolution,
-            generator=[seeded(args.seed, "class image", i) for i, _ in part],
+            generator=[seeded(seed, "class image", i) for i, _ in part],
         ).images
         for (_, name), image in zip(part, images, strict=True):
             temporary = folder / f".{name}"

@@ -12,6 +12,7 @@ from torch import nn
 
 from .draws import Draw
 from .images import SquareImages
+from .settings import LossSettings
 
 
 class LatentSource:
@@ -61,10 +62,10 @@ class DiffusionLoss:
         denoiser: nn.Module,
         scheduler: SchedulerMixin,
         context: Callable[[str], torch.Tensor],
-        *,
-        snr_gamma: float | None = None,
+        settings: LossSettings | None = None,
     ) -> None:
-        self.denoiser, self.scheduler, self.context, self.snr_gamma = denoiser, scheduler, context, snr_gamma
+        self.denoiser, self.scheduler, self.context = denoiser, scheduler, context
+        self.settings = settings or LossSettings()
 
     def __call__(self, samples: Sequence[tuple[Draw, LatentSource, str, float]]) -> torch.Tensor:
         """`samples`: draw, where its latents come from, its prompt, and its weight."""
@@ -93,9 +94,9 @@ class DiffusionLoss:
 
     def _snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Min-SNR weights (Hang et al., 2023, https://arxiv.org/abs/2303.09556) for the kind of prediction."""
-        if self.snr_gamma is None:
+        if self.settings.snr_gamma is None:
             return torch.ones(timesteps.shape, device=timesteps.device)
         snr = compute_snr(self.scheduler, timesteps)
-        capped = snr.clamp(max=self.snr_gamma)
+        capped = snr.clamp(max=self.settings.snr_gamma)
         kind = self.scheduler.config.prediction_type
         return capped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[kind]

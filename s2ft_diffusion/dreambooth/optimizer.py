@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from diffusers.optimization import get_scheduler
 
+from .settings import OptimizerSettings
+
 
 def make_optimizer(
-    args: argparse.Namespace, parameters: list[torch.nn.Parameter], images_per_step: int, steps: int
+    settings: OptimizerSettings, parameters: list[torch.nn.Parameter], images_per_step: int, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """The optimizer and its scheduler over `steps` optimizer steps; with --scale_lr the rate grows with the images."""
-    if args.use_8bit_adam:
+    """The optimizer and its scheduler over `steps` steps; with `scale_rate` the rate grows with the images."""
+    if settings.eight_bit:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW
     optimizer = AdamW(
         parameters,
-        lr=args.learning_rate * (images_per_step if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        lr=settings.rate * (images_per_step if settings.scale_rate else 1),
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        eps=settings.epsilon,
     )
     scheduler = get_scheduler(
-        args.lr_scheduler,
+        settings.schedule,
         optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
+        num_warmup_steps=settings.warmup_steps,
         num_training_steps=steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
+        num_cycles=settings.cycles,
+        power=settings.power,
     )
     return optimizer, scheduler

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import diffusers
 import torch
@@ -18,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from .errors import Diverged, InputError, Interrupted, NotPublished
+from .settings import Settings
 
 CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.tuner.model")
 
@@ -32,18 +31,18 @@ def set_up_logging() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The accelerator that the flags ask for; in all processes but the first, only warnings are logged from here on."""
-    output_dir = Path(args.output_dir)
+def make_accelerator(settings: Settings) -> Accelerator:
+    """The accelerator that a run asks for; in all processes but the first, only warnings are logged from here on."""
+    output_dir, compute, logs = settings.output_dir, settings.compute, settings.logs
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(str(output_dir), str(output_dir / args.logging_dir)),
+        gradient_accumulation_steps=settings.length.accumulation,
+        mixed_precision=compute.mixed_precision,
+        log_with=None if logs.report_to == "none" else logs.report_to,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / logs.folder)),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
-    if args.allow_tf32:
+    if compute.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 

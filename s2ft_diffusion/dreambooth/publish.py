@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,26 @@ from typing import Any
 import httpx
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .. import toybox
-from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail
+from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail, write_adapter
 from .errors import InputError, NotPublished
+from .settings import HubSettings, Settings
 
 
-def describe(args: argparse.Namespace, facts: dict[str, Any], samples: Sequence[Path] = ()) -> AdapterInfo:
+def describe(settings: Settings, facts: dict[str, Any], samples: Sequence[Path] = ()) -> AdapterInfo:
     """What the file says about itself, with the first sample as its thumbnail.
 
     The date is the day's (or SOURCE_DATE_EPOCH's), so that equal runs make equal files.
     """
+    photos, class_prompt = settings.photos, settings.classes.prompt if settings.classes else None
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     return AdapterInfo(
-        base_model=args.pretrained_model_name_or_path,
-        instance_prompt=args.instance_prompt,
-        subject=args.subject,
-        class_name=class_words(args.class_prompt, args.instance_prompt) or args.subject,
+        base_model=settings.base.name,
+        instance_prompt=photos.prompt,
+        subject=photos.subject,
+        class_name=class_words(class_prompt, photos.prompt) or photos.subject,
         date=str(date.fromtimestamp(int(epoch)) if epoch else date.today()),
         training=facts,
         thumbnail=make_thumbnail(Image.open(samples[0])) if samples else None,
@@ -60,65 +63,91 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_model_card(
-    folder: Path,
-    args: argparse.Namespace,
+    settings: Settings,
+    name: str,
     adapter: Adapter,
     file_bytes: int,
     share: float,
     samples: Sequence[Path] = (),
 ) -> None:
-    """Write README.md: what the adapter is, its size, this run's samples, and a YAML header the hub reads."""
+    """Write README.md: what the adapter `name` is, its size, this run's samples, and a YAML header the hub reads."""
+    base, prompt = settings.base.name, settings.photos.prompt
     pictures = "\n".join(f"![sample](./validation/{path.name})" for path in samples)
-    name = args.hub_repository or folder.resolve().name
     description = f"""
 # S2FT adapter: {name}
 
-An S2FT adapter for {args.pretrained_model_name_or_path}, trained on `{args.instance_prompt}`.
+An S2FT adapter for {base}, trained on `{prompt}`.
 {adapter.trainable:,} trainable numbers ({share:.3%} of the model), {file_bytes:,} bytes
 (`{WEIGHTS_NAME}`).
 
 {pictures}
 
 ```python
-{usage_snippet(args.pretrained_model_name_or_path, name)}
-pipe({args.instance_prompt!r}).images[0]
+{usage_snippet(base, name)}
+pipe({prompt!r}).images[0]
 ```
 """
+    words = settings.validation.prompt if settings.validation else None
     header = ModelCardData(
-        base_model=args.pretrained_model_name_or_path,
+        base_model=base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["text-to-image", "diffusers", "s2ft", "peft", "dreambooth"],
-        instance_prompt=args.instance_prompt,
-        widget=[{"text": args.validation_prompt, "output": {"url": f"validation/{path.name}"}} for path in samples]
-        or None,
+        instance_prompt=prompt,
+        widget=[{"text": words, "output": {"url": f"validation/{path.name}"}} for path in samples] or None,
     )
-    write_text(folder / "README.md", str(ModelCard(f"---\n{header.to_yaml()}\n---\n{description}")))
+    write_text(settings.output_dir / "README.md", str(ModelCard(f"---\n{header.to_yaml()}\n---\n{description}")))
 
 
-def open_repository(folder: Path, args: argparse.Namespace) -> str:
+def open_repository(folder: Path, hub: HubSettings) -> str:
     """Create the repository to upload to, unless it exists; returns its full name.
 
     Raises InputError where the hub refuses or cannot be reached: better before training than after it.
     """
     try:
-        return create_repo(args.hub_model_id or folder.resolve().name, exist_ok=True, token=args.hub_token).repo_id
+        return create_repo(hub.model_id or folder.resolve().name, exist_ok=True, token=hub.token).repo_id
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise InputError(f"--push_to_hub: the repository cannot be created: {error}") from None
 
 
-def push(folder: Path, args: argparse.Namespace, samples: Sequence[Path] = ()) -> str:
-    """Upload the adapter, its card and samples; returns the repository's name. Raises NotPublished."""
+def push(folder: Path, repository: str, hub: HubSettings, samples: Sequence[Path] = ()) -> str:
+    """Upload the adapter, its card and samples; returns the repository. Raises NotPublished."""
     try:
         upload_folder(
-            repo_id=args.hub_repository,
+            repo_id=repository,
             folder_path=folder,
             commit_message="S2FT adapter",
             allow_patterns=[WEIGHTS_NAME, "README.md", *(f"validation/{path.name}" for path in samples)],
-            token=args.hub_token,
+            token=hub.token,
         )
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise NotPublished(
-            f"The upload to {args.hub_repository} failed: {error} The adapter is complete: {folder / WEIGHTS_NAME}."
+            f"The upload to {repository} failed: {error} The adapter is complete: {folder / WEIGHTS_NAME}."
         ) from None
-    return args.hub_repository
+    return repository
+
+
+def publish(
+    path: Path,
+    settings: Settings,
+    adapter: Adapter,
+    facts: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    samples: Sequence[Path] = (),
+    repository: str | None = None,
+) -> tuple[int, float]:
+    """Write the adapter, its card and `training.json`, and upload them; returns the file's bytes and the rounding error
+    of its coefficients. Raises NotPublished."""
+    with tqdm(total=2 + (repository is not None), desc="save") as bar:
+        size, error = write_adapter(path, adapter, settings.dtype)
+        bar.update()
+        name = repository or path.parent.resolve().name
+        write_model_card(settings, name, adapter, size, facts["share"], samples)
+        written = {"adapter": str(path), "adapter_bytes": size, "adapter_error": error}
+        report = {**facts, "seconds": seconds, **written}
+        write_text(path.parent / "training.json", json.dumps(report, indent=2))
+        bar.update()
+        if repository:
+            push(path.parent, repository, settings.hub, samples)
+            bar.update()
+    return size, error

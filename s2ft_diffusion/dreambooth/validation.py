@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -12,30 +11,38 @@ from PIL import Image
 
 from ..tuner.seeding import seeded
 from .base import Base, BasePlan
+from .settings import ValidationSettings
 
 
 class Validation:
     """Sample images with the adapter as it is, from generators of their own: training does not notice."""
 
-    def __init__(self, args: argparse.Namespace, plan: BasePlan, base: Base, accelerator: Accelerator) -> None:
-        self.args, self.plan, self.base, self.accelerator = args, plan, base, accelerator
-        self.folder = Path(args.output_dir) / "validation"
+    def __init__(
+        self,
+        settings: ValidationSettings | None,
+        folder: Path,
+        seed: int,
+        plan: BasePlan,
+        base: Base,
+        accelerator: Accelerator,
+    ) -> None:
+        self.settings, self.folder, self.seed = settings, folder, seed
+        self.plan, self.base, self.accelerator = plan, base, accelerator
 
     @torch.no_grad()
     def __call__(self, name: str, step: int) -> list[Path]:
-        """Write `validation/<name>-<i>.png`, show them to the trackers; returns the paths (none without a prompt)."""
-        args = self.args
-        if not args.validation_prompt or not self.accelerator.is_main_process:
+        """Write `<name>-<i>.png`, show them to the trackers; returns the paths (none without a prompt)."""
+        if self.settings is None or not self.accelerator.is_main_process:
             return []
         self.base.vae.to(self.accelerator.device)
         pipeline = self.base.pipeline(self.plan)
         pipeline.set_progress_bar_config(desc="validate", leave=False)
         with self.accelerator.autocast():
             images = pipeline(
-                [args.validation_prompt] * args.num_validation_images,
+                [self.settings.prompt] * self.settings.images,
                 height=self.plan.resolution,
                 width=self.plan.resolution,
-                generator=[seeded(args.seed, "validation", i) for i in range(args.num_validation_images)],
+                generator=[seeded(self.seed, "validation", i) for i in range(self.settings.images)],
             ).images
         self._log(images, step)
         return self._write(images, name)
