@@ -26,7 +26,6 @@ from PIL import Image
 
 from s2ft_diffusion import toybox
 from s2ft_diffusion.adapters.file import AdapterFileError
-from s2ft_diffusion.tuner.delta_cache import delta_cache
 
 from . import limits
 from .library import Entry, Library, plain
@@ -195,7 +194,6 @@ class Engine:
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            delta_cache.clear()
             gc.collect()
             if self.device != "cpu":
                 torch.cuda.empty_cache()

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from s2ft_diffusion.adapters.file import Adapter, LayerWeights, read_adapter
+from s2ft_diffusion.adapters.file import Adapter, FreeWeights, LayerWeights, read_adapter
 from s2ft_diffusion.tuner.config import S2FTConfig
-from s2ft_diffusion.tuner.spectrum import delta_norm, delta_weight
 
 SIDE = 384
 # A diverging map, blue over white to red, and a sequential one, white to dark blue.
@@ -31,9 +30,8 @@ def weights_of(adapter: Adapter, layer: str) -> tuple[LayerWeights, S2FTConfig]:
 
 def latent_and_delta(weights: LayerWeights, config: S2FTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """The smooth latent matrix and the weight change (d, k), scaled."""
-    rearrangement = weights.rearrangement
-    delta = delta_weight(weights.coefficients.float(), weights.positions, rearrangement, config.norm) * config.scaling
-    return rearrangement.invert(delta), delta
+    delta = weights.delta() * config.scaling
+    return weights.rearrangement.invert(delta), delta
 
 
 def energies(path: Path) -> list[tuple[str, float]]:
@@ -42,8 +40,7 @@ def energies(path: Path) -> list[tuple[str, float]]:
     found = []
     for name in layer_names(adapter):
         weights, config = weights_of(adapter, name)
-        norm = delta_norm(weights.coefficients.float(), weights.positions, weights.shape, config.norm)
-        found.append((name, abs(config.scaling) * norm))
+        found.append((name, abs(config.scaling) * weights.change_norm(weights.coefficients.float())))
     return found
 
 
@@ -56,18 +53,31 @@ def pictures(path: Path, layer: str) -> list[tuple[Image.Image, str]]:
     latent, delta = latent_and_delta(weights, config)
     d, k = weights.shape
     plane = np.zeros((d, k))
-    magnitude = weights.coefficients.float().reshape(len(weights.coefficients), -1).norm(dim=1).numpy()
-    u, v = weights.positions.long().unbind(1)
-    plane[u.numpy(), v.numpy()] += magnitude
-    plane[(-u % d).numpy(), (-v % k).numpy()] += magnitude  # the mirror makes the same functions
     taken = np.zeros((d, k))
-    taken[u.numpy(), v.numpy()] = taken[(-u % d).numpy(), (-v % k).numpy()] = 1
+    u, v, magnitude = _places(weights)
+    mirrors = [(1, 1), (-1, -1)] if isinstance(weights, FreeWeights) else [(1, 1), (-1, -1), (1, -1), (-1, 1)]
+    for row, column in mirrors:  # they make the same functions
+        place = (row * u) % d, (column * v) % k
+        np.add.at(plane, place, magnitude)
+        taken[place] = 1
     share = 0.25 * taken + 0.75 * np.sqrt(plane / max(plane.max(), 1e-12))
     return [
-        (_coloured(np.fft.fftshift(share), SEQUENTIAL), f"{len(weights.positions):,} positions, by coefficient size"),
+        (_coloured(np.fft.fftshift(share), SEQUENTIAL), f"{weights.coefficients.numel():,} numbers, by size"),
         (_diverging(latent.numpy()), "weight change, rearranged"),
         (_diverging(delta.numpy()), "weight change as it is added"),
     ]
+
+
+def _places(weights: LayerWeights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row and column frequencies of the coefficients, and their sizes."""
+    coefficients = weights.coefficients.float()
+    if isinstance(weights, FreeWeights):
+        u, v = weights.positions.long().unbind(1)
+        return u.numpy(), v.numpy(), coefficients.reshape(len(coefficients), -1).norm(dim=1).numpy()
+    rows, columns = (weights.row_functions.long() + 1) // 2, (weights.column_functions.long() + 1) // 2
+    places = torch.arange(len(rows) * len(columns)) if weights.places is None else weights.places.long()
+    u, v = rows[places // len(columns)], columns[places % len(columns)]
+    return u.numpy(), v.numpy(), coefficients.flatten().abs().numpy()
 
 
 def _diverging(matrix: np.ndarray) -> Image.Image:

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-from s2ft_diffusion.tuner.delta_cache import delta_cache
-
 from .measure import parser, report
 from .pipelines import around, write_s2ft
 from .shapes import SHAPES, build, inputs
@@ -35,7 +33,6 @@ def main() -> None:
     arguments.add_argument("--shape", choices=[name for name in SHAPES if name.startswith("sd15")], default="sd15")
     arguments.add_argument("--n", type=int, default=8000)
     arguments.add_argument("--adapters", type=int, default=100)
-    arguments.add_argument("--visits", type=int, default=8, help="adapters that generate, one after the other")
     args = arguments.parse_args()
     pipe = around(build(args.shape, args.device)).to(args.device)
     batch = inputs(args.shape, 1, SHAPES[args.shape].pixels, args.device, torch.float32)
@@ -45,25 +42,16 @@ def main() -> None:
         names = [pipe.load_s2ft_weights(files[0])]  # the layers themselves come with the first
         with torch.no_grad():
             pipe.unet(**batch)
-        delta_cache.clear()
         before, begun = resident_bytes(), time.perf_counter()
         names += [pipe.load_s2ft_weights(path) for path in files[1:]]
         seconds = time.perf_counter() - begun
         each = (resident_bytes() - before) / (args.adapters - 1)
-        kept = []
-        for name in names[: args.visits]:
-            pipe.set_adapters([name])
-            with torch.no_grad():
-                pipe.unet(**batch)
-            kept.append(delta_cache.bytes)
     row = {
         "adapters": args.adapters,
         "file, bytes": round(size),
         "memory of a further one, bytes": round(each),
         "/ file": round(each / size, 3),
         "loading one, s": round(seconds / (args.adapters - 1), 3),
-        "cache budget": delta_cache.budget,
-        "cache at most": max(kept),
     }
     report("crowd", args, [row])
 

@@ -12,7 +12,6 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from s2ft_diffusion import S2FTConfig, S2FTLayer
-from s2ft_diffusion.tuner.delta_cache import delta_cache
 
 from .measure import alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights
@@ -49,32 +48,18 @@ def main() -> None:
     s2ft = S2FTConfig(target_modules=targets, n_frequency=args.n, init_weights=False, scaling=1e-3)
     models = {
         "base": base,
-        "S2FT, kept": adapted(s2ft),
-        "S2FT, not kept": adapted(s2ft),
+        "S2FT": adapted(s2ft),
         "S2FT, fused": fused(),
         "LoRA r=32": adapted(LoraConfig(r=32, target_modules=targets, init_lora_weights=False)),
     }
 
     @torch.no_grad()
     def evaluate(name: str) -> None:
-        delta_cache.budget = 0 if name == "S2FT, not kept" else budget
         models[name](**batch)
 
-    # The cache is emptied with the budget: what is kept is made again outside of what is timed.
-    budget = delta_cache.budget
-    seconds: dict[str, list[float]] = {}
-    groups = (["base", "S2FT, kept", "S2FT, fused", "LoRA r=32"], ["base", "S2FT, not kept"])
-    relative: dict[str, float] = {}
-    for names in groups:
-        try:
-            found = alternate({name: lambda name=name: evaluate(name) for name in names}, args.rounds)
-        finally:
-            delta_cache.budget = budget
-        middle = medians(found)
-        seconds |= {name: found[name] for name in names if name not in seconds}
-        relative |= {name: middle[name] / middle["base"] for name in names}
+    found = medians(alternate({name: lambda name=name: evaluate(name) for name in models}, args.rounds))
     rows = [
-        {"": name, "seconds": round(medians(seconds)[name], 4), "/ base": round(relative[name], 4)} for name in models
+        {"": name, "seconds": round(found[name], 4), "/ base": round(found[name] / found["base"], 4)} for name in models
     ]
     report("infer", args, rows)
 

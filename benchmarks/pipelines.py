@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from s2ft_diffusion import S2FTConfig, attention_targets, toybox
+from s2ft_diffusion import Rearrangement, S2FTConfig, attention_targets, toybox
 
 
 def around(unet: nn.Module) -> StableDiffusionPipeline:
@@ -46,9 +46,10 @@ def write_s2ft(pipe: StableDiffusionPipeline, folder: Path, n: int, seed: int = 
     for name, module in pipe.unet.named_modules():
         if name.endswith(".s2ft_delta.made"):
             d, k = module.shape
-            module.row_order.copy_(torch.randperm(d))
-            module.column_order.copy_(torch.randperm(k))
-            module.coefficients.data *= 1e-3
+            coefficients = module.coefficients.detach() * 1e-3
+            signs = (torch.randint(0, 2, (n,), dtype=torch.int8) * 2 - 1 for n in (d, k))
+            module.place({}, Rearrangement(torch.randperm(d), torch.randperm(k), *signs))
+            module.coefficients.data.copy_(coefficients)
     path = pipe.save_s2ft_weights(folder, dtype=dtype)
     pipe.unload_s2ft_weights()
     return path

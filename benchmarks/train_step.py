@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from s2ft_diffusion import S2FTConfig, S2FTLayer, attention_targets
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.tuner.rearrange import Rearrangement
-from s2ft_diffusion.tuner.spectrum import sample_positions
 
 from .measure import alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights
@@ -67,9 +67,9 @@ def place_anywhere(model: nn.Module) -> None:
                     axis(length, moved=moved, signs=config.signs)
                     for length, moved in zip(delta.shape, (True, layer.rearranges_columns), strict=True)
                 )
-                kind, count = config.coefficients, len(delta.positions)
-                positions = sample_positions(count, delta.shape, kind=kind, sampling="random")
-                delta.place(positions, Rearrangement(rows, columns, row_sign, column_sign))
+                chosen = delta.choose(replace(config, sampling="random"), None, torch.Generator().manual_seed(0), name)
+                delta.place(chosen, Rearrangement(rows, columns, row_sign, column_sign))
+            layer.prepare()
 
 
 def prepare(model: nn.Module, config: Any, args: argparse.Namespace) -> tuple[Callable[[], None], int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
+from s2ft_diffusion.tuner.delta_cache import delta_cache
 
 from s2ft_diffusion import S2FTLayer
-from s2ft_diffusion.tuner.delta_cache import delta_cache
 from tests.conftest import add, generate, second_folder
 
 

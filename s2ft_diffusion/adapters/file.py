@@ -16,6 +16,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -28,17 +29,7 @@ from torch import nn
 from ..tuner.config import S2FTConfig
 from ..tuner.layer import S2FTLayer
 from ..tuner.prior import s2ft_layers
-from ..tuner.spectrum import delta_norm
-from .format import (
-    DTYPES,
-    FORMAT_VERSION,
-    TENSOR_NAMES,
-    AdapterFileError,
-    LayerWeights,
-    check_layer,
-    encode_layer,
-    stored_coefficients,
-)
+from .format import DTYPES, FORMAT_VERSION, encode_layer, stored_coefficients
 from .names import canonical_name
 from .reading import (
     COMPONENTS,
@@ -51,6 +42,7 @@ from .reading import (
     read_header,
     read_stored,
 )
+from .weights import AdapterFileError, FreeWeights, GridWeights, LayerWeights, weights_from_state
 
 __all__ = [
     "COMPONENTS",
@@ -60,6 +52,8 @@ __all__ = [
     "AdapterFileError",
     "AdapterHeader",
     "AdapterInfo",
+    "FreeWeights",
+    "GridWeights",
     "LayerWeights",
     "WrittenAdapter",
     "adapter_from_peft",
@@ -110,8 +104,8 @@ def collect_adapter(components: Mapping[str, nn.Module], adapter_name: str, info
 
 
 def _collect_layer(layer: S2FTLayer, adapter_name: str) -> LayerWeights:
-    delta = layer.s2ft_delta[adapter_name]
-    return LayerWeights(delta.shape, **{name: getattr(delta, name).detach().cpu() for name in TENSOR_NAMES})
+    state = {name: tensor.detach().cpu() for name, tensor in layer.s2ft_delta[adapter_name].state_dict().items()}
+    return weights_from_state(state, layer.s2ft_config[adapter_name].norm, check=False)
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -142,10 +136,9 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float
             except ValueError as problem:
                 raise ValueError(f"{component}.{name} has {problem}.") from None
             tensors |= {f"{component}.{name}.{key}": tensor for key, tensor in encoded.items()}
-            exact, place = layer.coefficients.float(), (layer.positions, layer.shape, config.norm)
-            difference = stored_coefficients(layer, dtype) - exact
-            error += (config.scaling * delta_norm(difference, *place)) ** 2
-            change += (config.scaling * delta_norm(exact, *place)) ** 2
+            exact = layer.coefficients.float()
+            error += (config.scaling * layer.change_norm(stored_coefficients(layer, dtype) - exact)) ** 2
+            change += (config.scaling * layer.change_norm(exact)) ** 2
     configs = {c: {name: getattr(config, name) for name in CONFIG_FIELDS} for c, config in adapter.configs.items()}
     shapes = {c: {name: list(layer.shape) for name, layer in layers.items()} for c, layers in adapter.layers.items()}
     info = adapter.info.to_json()
@@ -183,7 +176,7 @@ def adapter_from_peft(
     parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
         path, marker, tensor_name = key.removeprefix("base_model.model.").rpartition(".s2ft_delta.")
-        if not marker or tensor_name not in TENSOR_NAMES:
+        if not marker:
             raise AdapterFileError(f"{source}: {key!r} is no key of an S2FT adapter.")
         first, _, rest = path.partition(".")
         place = (first, rest) if first in COMPONENTS else (component, path)
@@ -192,16 +185,19 @@ def adapter_from_peft(
         raise AdapterFileError(f"{source}: there are no S2FT weights in it.")
     layers: dict[str, dict[str, LayerWeights]] = {}
     for (owner, name), tensors in parts.items():
-        if missing := set(TENSOR_NAMES) - set(tensors):
-            raise AdapterFileError(f"{source}: {owner}.{name} lacks {sorted(missing)}.")
-        if scalars := sorted(key for key, tensor in tensors.items() if tensor.ndim == 0):
-            raise AdapterFileError(f"{source}: {owner}.{name}.{scalars[0]} is a single number.")
-        shape = (len(tensors["row_order"]), len(tensors["column_order"]))
-        layer = LayerWeights(shape, **tensors)
         try:
-            check_layer(layer, config.coefficients)
+            layer = weights_from_state(tensors, config.norm)
         except AdapterFileError as error:
             raise AdapterFileError(f"{source}: {owner}.{name}: {error}") from None
+        if isinstance(layer, FreeWeights):
+            if layer.kind != config.coefficients:
+                found = tuple(layer.coefficients.shape)
+                raise AdapterFileError(
+                    f"{source}: {owner}.{name}: coefficients have shape {found} and should be {config.coefficients}."
+                )
+            config = replace(config, positions="free", oversampling=1)  # which older configs do not say
+        elif config.positions != "grid":
+            raise AdapterFileError(f"{source}: {owner}.{name}: it is on a grid, its config says free positions.")
         name = canonical_name(owner, name)
         if name in layers.setdefault(owner, {}):
             raise AdapterFileError(f"{source}: {owner}.{name} is there under two names.")

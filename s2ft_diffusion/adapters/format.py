@@ -1,6 +1,20 @@
-"""One layer of an adapter as tensors in a file, and back: the layout that `file` reads and writes.
+"""One layer of an adapter as tensors in a file, and back: the layout that `file` writes and `reading` reads.
 
-For a (d, k) layer with m positions, format version 3 has
+For a (d, k) layer on a grid, format version 4 has
+
+    coefficients      (r1, r2), or (n,) of a sparse table; float32, float16, bfloat16, or int8
+    grid              uint8: all integers in one stream of bytes, each item padded to whole bytes:
+                      flags: 1 row order, 2 column order, 4 row signs, 8 column signs, 16 places, 32 scale, each set
+                      where the item is there
+                      for a sparse table: r1, r2 as two little-endian unsigned 32-bit integers
+                      what int8 coefficients are multiplied by, float32
+                      row_functions, column_functions, and places of a sparse table, increasing
+                      (`packing.pack_increasing`: low bits, then unary high parts)
+                      row_order, column_order: each entry in the bits that n - 1 needs (`packing.pack`)
+                      row_sign, column_sign: n bits, 1 for -1
+
+(One stream, because every tensor costs some 150 bytes in a safetensors header.) A layer at free positions, with m of
+them, has since version 3
 
     coefficients      (m, 2) complex or (m,) real; float32, float16, bfloat16, or int8 to be multiplied by ...
     coefficient_scale (1,) float32, beside int8 alone
@@ -23,50 +37,28 @@ Decoding is array operations alone, and checks whatever the tensors hold.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 import torch
 
-from ..tuner.rearrange import Rearrangement
-from ..tuner.spectrum import CoefficientKind, half_plane, index_dtype
+from ..tuner.spectrum import CoefficientKind, Norm, half_plane
 from . import packing
+from .weights import ORDERS, SIGNS, AdapterFileError, FreeWeights, GridWeights, LayerWeights
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DTYPES = ("float32", "float16", "bfloat16", "int8")
+STORED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 PACKED_NAMES = ("positions_low", "positions_high", "row_order", "column_order", "row_sign", "column_sign")
 VERSION_1_NAMES = ("coefficients", "positions", "row_order", "column_order", "row_sign", "column_sign")
 
-
-class AdapterFileError(ValueError):
-    """An adapter file that cannot be used: damaged, of another kind, or for another base model."""
+Positions = Literal["grid", "free"]
 
 
-@dataclass
-class LayerWeights:
-    """One layer's part of an adapter, as `SpectralDelta` holds it (there: shapes and types)."""
-
-    shape: tuple[int, int]
-    coefficients: torch.Tensor
-    positions: torch.Tensor
-    row_order: torch.Tensor
-    column_order: torch.Tensor
-    row_sign: torch.Tensor
-    column_sign: torch.Tensor
-
-    @property
-    def rearrangement(self) -> Rearrangement:
-        return Rearrangement(self.row_order.int(), self.column_order.int(), self.row_sign, self.column_sign)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in TENSOR_NAMES}
-
-
-TENSOR_NAMES = tuple(f.name for f in fields(LayerWeights) if f.name != "shape")
-
-
-def tensor_names(version: int, dtype: str | None = None) -> tuple[str, ...]:
-    """A layer's tensors in a format version; from version 2 on they depend on the coefficients' type."""
+def tensor_names(version: int, dtype: str | None = None, positions: Positions = "free") -> tuple[str, ...]:
+    """A layer's tensors in a format version; those of free positions depend on the coefficients' type from 2 on."""
+    if positions == "grid":
+        return ("coefficients", "grid")
     if version == 1:
         return VERSION_1_NAMES
     return ("coefficients", *(["coefficient_scale"] if dtype == "int8" else []), *PACKED_NAMES)
@@ -79,8 +71,153 @@ def encode_layer(layer: LayerWeights, dtype: str) -> dict[str, torch.Tensor]:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}.")
-    coefficients = layer.coefficients.float()
-    kind = "complex" if coefficients.ndim == 2 else "real"
+    stored, scale = _store(layer.coefficients.float(), dtype)
+    if not (torch.isfinite(stored).all() and torch.isfinite(layer.coefficients).all()):
+        raise ValueError(f"coefficients that are not finite in {dtype}")
+    if isinstance(layer, GridWeights):
+        return {
+            "coefficients": stored,
+            "grid": torch.from_numpy(_grid_stream(layer, scale if dtype == "int8" else None)),
+        }
+    return _encode_free(layer, dtype)
+
+
+def stored_coefficients(layer: LayerWeights, dtype: str) -> torch.Tensor:
+    """A layer's coefficients as a reader will have them, float32."""
+    stored, scale = _store(layer.coefficients.float(), dtype)
+    return stored.float() * scale
+
+
+def decode_layer(
+    tensors: Mapping[str, torch.Tensor],
+    shape: tuple[int, int],
+    version: int,
+    *,
+    positions: Positions = "free",
+    kind: CoefficientKind = "complex",
+    norm: Norm = "ortho",
+) -> LayerWeights:
+    """The inverse of `encode_layer`, checked; coefficients keep a floating type.
+
+    `positions`, `kind` and `norm` are the config's. Raises AdapterFileError or ValueError for tensors that make no
+    valid layer.
+    """
+    if positions == "grid":
+        layer: LayerWeights = _decode_grid(tensors, shape)
+    elif version == 1:
+        layer = _decode_1(tensors, shape, norm)
+    else:
+        layer = _decode_packed(tensors, shape, kind, norm)
+    if isinstance(layer, FreeWeights) and layer.kind != kind:
+        raise AdapterFileError(f"coefficients have shape {tuple(layer.coefficients.shape)} and should be {kind}.")
+    layer.check()
+    return layer
+
+
+# On a grid -----------------------------------------------------------------------------------------------------------
+
+_FLAGS = {"row_order": 1, "column_order": 2, "row_sign": 4, "column_sign": 8, "places": 16, "scale": 32}
+
+
+def _grid_stream(layer: GridWeights, scale: float | None) -> np.ndarray:
+    flags, parts = 0, []
+    if layer.places is not None:
+        flags |= _FLAGS["places"]
+        size = (len(layer.row_functions), len(layer.column_functions))
+        parts.append(np.array(size, dtype="<u4").view(np.uint8))
+    if scale is not None:
+        flags |= _FLAGS["scale"]
+        parts.append(np.array([scale], dtype="<f4").view(np.uint8))
+    for values, bound in layer.integers().values():
+        parts += packing.pack_increasing(values.numpy().astype(np.int64), bound)
+    for name, n in zip(ORDERS, layer.shape, strict=True):
+        order = getattr(layer, name).numpy()
+        if not np.array_equal(order, np.arange(n)):
+            flags |= _FLAGS[name]
+            parts.append(packing.pack(order, packing.bit_width(n)))
+    for name in SIGNS:
+        negative = getattr(layer, name).numpy() < 0
+        if negative.any():
+            flags |= _FLAGS[name]
+            parts.append(np.packbits(negative))
+    return np.concatenate([np.array([flags], dtype=np.uint8), *parts])
+
+
+class _Stream:
+    """Items taken one after the other from bytes; AdapterFileError where they end too early."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, count: int, what: str) -> np.ndarray:
+        if self.at + count > len(self.data):
+            raise AdapterFileError(f"the grid's bytes end before its {what}.")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def increasing(self, count: int, bound: int, what: str) -> torch.Tensor:
+        if not 0 < count <= bound:
+            raise AdapterFileError(f"{count} {what} of {bound}.")
+        low, high = packing.increasing_bytes(bound, count)
+        try:
+            values = packing.unpack_increasing(self.take(low, what), self.take(high, what), bound, count)
+        except ValueError as error:
+            raise AdapterFileError(f"{what}: {error}.") from None
+        return torch.from_numpy(values)
+
+    def packed(self, count: int, width: int, what: str) -> torch.Tensor:
+        try:
+            return torch.from_numpy(packing.unpack(self.take(-(-count * width // 8), what), width, count))
+        except ValueError as error:
+            raise AdapterFileError(f"{what}: {error}.") from None
+
+
+def _decode_grid(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> GridWeights:
+    coefficients, held = tensors["coefficients"], tensors["grid"]
+    if held.dtype != torch.uint8 or held.ndim != 1:
+        raise AdapterFileError(f"grid has type {held.dtype} and shape {tuple(held.shape)}.")
+    stream = _Stream(held.numpy())
+    flags = int(stream.take(1, "flags")[0])
+    if flags >= 64:
+        raise AdapterFileError(f"the grid has unknown flags {flags:#x}.")
+    if sparse := bool(flags & _FLAGS["places"]):
+        rows, columns = (int(n) for n in stream.take(8, "size").view("<u4"))
+        wanted = 1
+    else:
+        rows, columns = coefficients.shape if coefficients.ndim == 2 else (0, 0)
+        wanted = 2
+    if coefficients.ndim != wanted or not (0 < rows <= shape[0] and 0 < columns <= shape[1]):
+        found = tuple(coefficients.shape)
+        raise AdapterFileError(
+            f"coefficients have shape {found} in a table of {rows}x{columns} of a {shape[0]}x{shape[1]} layer."
+        )
+    if flags & _FLAGS["scale"]:
+        if coefficients.dtype != torch.int8:
+            raise AdapterFileError(f"coefficients have type {coefficients.dtype} beside a scale.")
+        coefficients = coefficients.float() * float(stream.take(4, "scale").view("<f4")[0])
+    elif coefficients.dtype not in STORED_TYPES:
+        raise AdapterFileError(f"coefficients have type {coefficients.dtype}.")
+    found = {
+        "row_functions": stream.increasing(rows, shape[0], "row_functions"),
+        "column_functions": stream.increasing(columns, shape[1], "column_functions"),
+    }
+    if sparse:
+        found["places"] = stream.increasing(len(coefficients), rows * columns, "places")
+    for name, n in zip(ORDERS, shape, strict=True):
+        there = flags & _FLAGS[name]
+        found[name] = stream.packed(n, packing.bit_width(n), name) if there else torch.arange(n)
+    for name, n in zip(SIGNS, shape, strict=True):
+        found[name] = 1 - 2 * stream.packed(n, 1, name) if flags & _FLAGS[name] else torch.ones(n, dtype=torch.int8)
+    if stream.at != len(stream.data):
+        raise AdapterFileError(f"the grid has {len(stream.data) - stream.at} bytes too many.")
+    return GridWeights(shape=shape, coefficients=coefficients, **found)
+
+
+# At free positions ---------------------------------------------------------------------------------------------------
+
+
+def _encode_free(layer: FreeWeights, dtype: str) -> dict[str, torch.Tensor]:
+    coefficients, kind = layer.coefficients.float(), layer.kind
     flat = layer.positions.long()
     if kind == "complex":
         u, v, mirrored = half_plane(layer.positions, layer.shape)
@@ -88,8 +225,6 @@ def encode_layer(layer: LayerWeights, dtype: str) -> dict[str, torch.Tensor]:
         coefficients = coefficients * torch.stack([torch.ones_like(u), torch.where(mirrored, -1, 1)], dim=1)
     flat, sequence = (flat[:, 0] * _columns(layer.shape, kind) + flat[:, 1]).sort()
     stored, scale = _store(coefficients[sequence], dtype)
-    if not (torch.isfinite(stored).all() and torch.isfinite(coefficients).all()):
-        raise ValueError(f"coefficients that are not finite in {dtype}")
     low, high = packing.pack_increasing(flat.numpy(), layer.shape[0] * _columns(layer.shape, kind))
     d, k = layer.shape
     packed = {
@@ -102,24 +237,6 @@ def encode_layer(layer: LayerWeights, dtype: str) -> dict[str, torch.Tensor]:
     }
     scaled = {"coefficient_scale": torch.tensor([scale])} if dtype == "int8" else {}
     return {"coefficients": stored, **scaled, **{key: torch.from_numpy(array) for key, array in packed.items()}}
-
-
-def stored_coefficients(layer: LayerWeights, dtype: str) -> torch.Tensor:
-    """A layer's coefficients as a reader will have them, float32."""
-    stored, scale = _store(layer.coefficients.float(), dtype)
-    return stored.float() * scale
-
-
-def decode_layer(
-    tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], kind: CoefficientKind, version: int
-) -> LayerWeights:
-    """The inverse of `encode_layer`, checked; coefficients keep a floating type.
-
-    Raises AdapterFileError or ValueError for tensors that make no valid layer.
-    """
-    layer = _decode_1(tensors, shape) if version == 1 else _decode_packed(tensors, shape, kind)
-    check_layer(layer, kind)
-    return layer
 
 
 def _store(coefficients: torch.Tensor, dtype: str) -> tuple[torch.Tensor, float]:
@@ -139,16 +256,17 @@ def _pack_unless(values: np.ndarray, default: np.ndarray, width: int) -> np.ndar
     return np.empty(0, dtype=np.uint8) if np.array_equal(values, default) else packing.pack(values, width)
 
 
-def _decode_packed(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], kind: CoefficientKind) -> LayerWeights:
+def _decode_packed(
+    tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], kind: CoefficientKind, norm: Norm
+) -> FreeWeights:
     d, k = shape
     coefficients = tensors["coefficients"]
-    stored_types = [torch.float32, torch.float16, torch.bfloat16]
     if "coefficient_scale" in tensors:
         scale = tensors["coefficient_scale"]
         if coefficients.dtype != torch.int8 or scale.dtype != torch.float32 or scale.shape != (1,):
             raise AdapterFileError(f"coefficients have type {coefficients.dtype} beside a scale {scale.dtype}.")
         coefficients = coefficients.float() * scale
-    elif coefficients.dtype not in stored_types:
+    elif coefficients.dtype not in STORED_TYPES:
         raise AdapterFileError(f"coefficients have type {coefficients.dtype}.")
     arrays = {}
     for key in PACKED_NAMES:
@@ -169,8 +287,9 @@ def _decode_packed(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], 
         flat = packing.unpack_increasing(arrays["positions_low"], arrays["positions_high"], d * columns, count)
     except ValueError as error:
         raise AdapterFileError(f"positions: {error}.") from None
-    return LayerWeights(
-        shape,
+    return FreeWeights(
+        shape=shape,
+        norm=norm,
         coefficients=coefficients,
         positions=torch.from_numpy(np.stack([flat // columns, flat % columns], axis=1)),
         row_order=unpacked("row_order", np.arange(d), packing.bit_width(d)),
@@ -180,7 +299,7 @@ def _decode_packed(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], 
     )
 
 
-def _decode_1(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> LayerWeights:
+def _decode_1(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], norm: Norm) -> FreeWeights:
     d, k = shape
     for key, tensor in tensors.items():
         floats, unsigned = (torch.float32, torch.float16), (torch.uint8, torch.uint16, torch.uint32)
@@ -195,46 +314,12 @@ def _decode_1(tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> La
             signs[key] = 1 - 2 * torch.from_numpy(packing.unpack(tensors[key].numpy(), 1, length))
         except ValueError as error:
             raise AdapterFileError(f"{key}: {error}.") from None
-    return LayerWeights(
-        shape,
+    return FreeWeights(
+        shape=shape,
+        norm=norm,
         coefficients=tensors["coefficients"],
         positions=torch.stack([flat // k, flat % k], dim=1),
         row_order=tensors["row_order"].long(),
         column_order=tensors["column_order"].long(),
         **signs,
     )
-
-
-def check_layer(layer: LayerWeights, kind: str) -> None:
-    """Raise AdapterFileError for tensors that make no valid layer; else bring integers to `SpectralDelta`'s types."""
-    d, k = layer.shape
-    count = len(layer.positions)
-    expected = (count, 2) if kind == "complex" else (count,)
-    if count == 0 or layer.positions.shape != (count, 2):
-        raise AdapterFileError(f"positions have shape {tuple(layer.positions.shape)}.")
-    if tuple(layer.coefficients.shape) != expected:
-        raise AdapterFileError(
-            f"{kind} coefficients have shape {tuple(layer.coefficients.shape)}, {count} positions need {expected}."
-        )
-    if not torch.isfinite(layer.coefficients).all():
-        raise AdapterFileError("coefficients have NaN or infinite entries.")
-    u, v = layer.positions.long().unbind(1)
-    if bool(((u < 0) | (u >= d) | (v < 0) | (v >= k)).any()):
-        raise AdapterFileError(f"positions lie outside the {d}x{k} spectrum.")
-    flat = u * k + v
-    if kind == "complex":
-        flat = torch.minimum(flat, (-u % d) * k + (-v % k))
-    if len(flat.unique()) != count:
-        raise AdapterFileError("positions are repeated" + (" (a mirror counts)." if kind == "complex" else "."))
-    for key, length in {"row_order": d, "column_order": k}.items():
-        order = getattr(layer, key).long()
-        if order.shape != (length,) or not torch.equal(order.sort().values, torch.arange(length)):
-            raise AdapterFileError(f"{key} is no permutation of 0..{length - 1}.")
-    for key, length in {"row_sign": d, "column_sign": k}.items():
-        sign = getattr(layer, key)
-        if sign.shape != (length,) or not bool((sign.abs() == 1).all()):
-            raise AdapterFileError(f"{key} must be {length} times +1 or -1.")
-    dtype = index_dtype(layer.shape)
-    layer.positions = layer.positions.to(dtype)
-    layer.row_order, layer.column_order = layer.row_order.to(dtype), layer.column_order.to(dtype)
-    layer.row_sign, layer.column_sign = layer.row_sign.to(torch.int8), layer.column_sign.to(torch.int8)

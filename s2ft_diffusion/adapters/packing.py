@@ -53,6 +53,12 @@ def unpack_increasing(low: np.ndarray, high: np.ndarray, bound: int, count: int)
     return values
 
 
+def increasing_bytes(bound: int, count: int) -> tuple[int, int]:
+    """The lengths of `pack_increasing`'s two arrays for `count` integers below `bound`."""
+    width = _low_width(bound, count)
+    return -(-count * width // 8), -(-_unary_length(bound, count, width) // 8)
+
+
 def _low_width(bound: int, count: int) -> int:
     return max(0, (bound // max(count, 1)).bit_length() - 1)
 

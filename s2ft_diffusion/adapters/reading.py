@@ -19,17 +19,19 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .format import FORMAT_VERSION, AdapterFileError, LayerWeights, decode_layer, tensor_names
+from .format import FORMAT_VERSION, decode_layer, tensor_names
 from .names import canonical_name
+from .weights import AdapterFileError, LayerWeights
 
 WEIGHTS_NAME = "pytorch_s2ft_weights.safetensors"
 METADATA_KEY = "s2ft"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # Config fields that describe the adapter itself; target modules are the file's own keys.
 CONFIG_FIELDS = (
-    "n_frequency", "n_frequency_pattern", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange",
-    "distance", "signs", "refine", "seed",
+    "n_frequency", "n_frequency_pattern", "positions", "oversampling", "scaling", "coefficients", "norm", "sampling",
+    "gamma", "rearrange", "distance", "signs", "refine", "seed",
 )  # fmt: skip
+BEFORE_VERSION_4 = {"positions": "free", "oversampling": 1}  # what configs did not say then
 
 
 @dataclass
@@ -116,6 +118,8 @@ class StoredConfig(SimpleNamespace):
     def __init__(self, **values: Any) -> None:
         """Raises ValueError for values that no weight change can be made with."""
         super().__init__(**values)
+        if self.positions not in ("grid", "free"):
+            raise ValueError(f"positions {self.positions!r}")
         if self.coefficients not in ("complex", "real") or self.norm not in ("ortho", "backward"):
             raise ValueError(f"coefficients {self.coefficients!r}, norm {self.norm!r}")
         if type(self.scaling) not in (int, float) or not math.isfinite(self.scaling):
@@ -134,33 +138,35 @@ def read_stored(path: str | os.PathLike, make_config: Callable[..., Any] = Store
         header = _header(path, file.metadata())
         info = _info(path, header)
         keys = set(file.keys())
-        names = tensor_names(header["format_version"], header.get("dtype"))
+        version = header["format_version"]
+        configs = {c: _config(path, c, header, make_config) for c in header["shapes"]}
+        names = {c: tensor_names(version, header.get("dtype"), config.positions) for c, config in configs.items()}
         expected = {
             f"{component}.{name}.{key}"
             for component, layers in header["shapes"].items()
             for name in layers
-            for key in names
+            for key in names[component]
         }
         if missing := sorted(expected - keys):
             raise AdapterFileError(f"{path}: {len(missing)} keys are missing, the first is {missing[0]!r}.")
         if extra := sorted(keys - expected):
             raise AdapterFileError(f"{path}: {len(extra)} keys do not belong there, the first is {extra[0]!r}.")
-        configs, layers = {}, {}
+        adapted: dict[str, dict[str, LayerWeights]] = {}
         for component, shapes in header["shapes"].items():
-            configs[component] = _config(path, component, header["config"][component], make_config)
-            layers[component] = {}
+            config = configs[component]
+            options = {"positions": config.positions, "kind": config.coefficients, "norm": config.norm}
+            adapted[component] = {}
             for name, shape in shapes.items():
                 prefix = f"{component}.{name}"
                 try:
                     # Copies: a tensor that is a view of the mapped file would keep all of it in memory.
-                    tensors = {key: file.get_tensor(f"{prefix}.{key}").clone() for key in names}
-                    kind = configs[component].coefficients
-                    layer = decode_layer(tensors, tuple(shape), kind, header["format_version"])
+                    tensors = {key: file.get_tensor(f"{prefix}.{key}").clone() for key in names[component]}
+                    layer = decode_layer(tensors, tuple(shape), version, **options)
                 except (AdapterFileError, SafetensorError, TypeError, ValueError) as error:
                     raise AdapterFileError(f"{path}: {prefix}: {error}") from None
                 # Interned: a hundred adapters of a base have the same names.
-                layers[component][sys.intern(canonical_name(component, name))] = layer
-    return Adapter(configs, layers, info)
+                adapted[component][sys.intern(canonical_name(component, name))] = layer
+    return Adapter(configs, adapted, info)
 
 
 def _open(path: str | os.PathLike) -> safe_open:
@@ -209,8 +215,11 @@ def _info(path: str | os.PathLike, header: Mapping[str, Any]) -> AdapterInfo:
         raise AdapterFileError(f"{path}: the header is damaged ({error}).") from None
 
 
-def _config(path: str | os.PathLike, component: str, values: Mapping[str, Any], make_config: Callable[..., Any]) -> Any:
+def _config(path: str | os.PathLike, component: str, header: Mapping[str, Any], make_config: Callable[..., Any]) -> Any:
+    values = header["config"][component]
     try:
+        if header["format_version"] < 4:
+            values = {**BEFORE_VERSION_4, **values}
         if different := set(values) ^ set(CONFIG_FIELDS):
             raise ValueError(f"unknown or missing fields {sorted(different)}")
         return make_config(**values)

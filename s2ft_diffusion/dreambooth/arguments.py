@@ -42,7 +42,8 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 POLYNOMIAL_END = 1e-7  # diffusers' polynomial schedule goes down to this rate
 S2FT_OPTIONS = (
-    "n_frequency", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange", "distance", "signs", "refine",
+    "n_frequency", "positions", "oversampling", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange",
+    "distance", "signs", "refine",
 )  # fmt: skip
 
 
@@ -98,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--targets", choices=TARGETS, default="qv", help="query and value, attention, transformer blocks, or all")
     add("--train_text_encoder", action="store_true", help="adapt the text encoder's projections too")
     add("--n_frequency", type=amount, help="real trainable numbers a layer: a count, or a share below 1 such as 0.02")
+    add("--positions", choices=("grid", "free"), help="coefficients on a grid of frequencies, or anywhere (the paper)")
+    add("--oversampling", type=int, help="on a grid, places for each trained number; 1 trains all places")
     add("--scaling", type=float, help="the factor alpha of the weight change")
     add("--coefficients", choices=("complex", "real"), help="kind of coefficients")
     add("--norm", choices=("ortho", "backward"), help="normalisation of the inverse transform")

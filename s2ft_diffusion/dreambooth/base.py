@@ -15,8 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .. import toybox
 from ..pipelines.targets import attention_targets
 from ..tuner.config import S2FTConfig
+from ..tuner.delta import trained_numbers
 from ..tuner.layer import delta_shape
-from ..tuner.spectrum import count_positions
 from .errors import InputError
 from .settings import AdapterSettings, BaseSettings
 
@@ -80,7 +80,7 @@ def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
     for name in sorted(config.target_modules):
         layer = model.get_submodule(name)
         try:
-            count_positions(config.n_frequency, delta_shape(layer), config.coefficients)
+            trained_numbers(delta_shape(layer), config, config.n_frequency)
         except ValueError as error:
             raise InputError(f"{component}.{name}: {error}") from None
 

@@ -201,5 +201,6 @@ def restore_adapter(components: Mapping[str, nn.Module], adapter: Adapter) -> No
     for component, layers in adapter.layers.items():
         for name, weights in layers.items():
             model = components[component]
-            delta = model.get_submodule(name_in(model, name)).s2ft_delta[ADAPTER]
-            delta.load_state_dict(weights.tensors())
+            layer = model.get_submodule(name_in(model, name))
+            layer.s2ft_delta[ADAPTER].load_state_dict(weights.state())
+            layer.prepare()

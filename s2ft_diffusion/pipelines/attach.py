@@ -15,7 +15,6 @@ from torch import nn
 from ..adapters.file import COMPONENTS, Adapter, AdapterFileError, AdapterInfo
 from ..adapters.names import canonical_name, name_in
 from ..tuner.config import S2FTConfig, S2FTType
-from ..tuner.delta import SpectralDelta
 from ..tuner.layer import S2FTLayer, delta_shape, innermost, layer_type
 from .targets import has_fused_projections
 
@@ -99,16 +98,16 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
             config = replace(
                 adapter.configs[component], target_modules="|".join(map(re.escape, names)), inference_mode=True
             )
-            config.n_frequency_pattern = {name: layer.coefficients.numel() for name, layer in names.items()}
+            config.n_frequency, config.n_frequency_pattern = 2, {}  # their places are taken at once
             inject_adapter_in_model(config, model, adapter_name)
             placed = model.peft_config[adapter_name]
             placed.target_modules = set(names)
+            placed.n_frequency = adapter.configs[component].n_frequency
             placed.n_frequency_pattern = adapter.configs[component].n_frequency_pattern
             model._hf_peft_config_loaded = True
             placed.adapter_info = adapter.info
-            for name, delta in _named_deltas(component, model, adapter_name).items():
-                state = {key: tensor.to(delta.positions.device) for key, tensor in layers[name].tensors().items()}
-                delta.load_state_dict(state, assign=True)  # in the file's type
+            for name, layer in _named_layers(component, model, adapter_name).items():
+                layer.take_state(adapter_name, layers[name].state())
     except BaseException:
         for model in attached:
             detach_adapters(model, adapter_name)
@@ -121,8 +120,8 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
 
 def check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_name: str | None, label: str) -> None:
     """Raise ValueError unless the adapter can take the place of `adapter_name`."""
-    present = {c: _named_deltas(c, model, adapter_name) for c, model in components.items()}
-    present = {component: deltas for component, deltas in present.items() if deltas}
+    present = {c: _named_layers(c, model, adapter_name) for c, model in components.items()}
+    present = {component: layers for component, layers in present.items() if layers}
     if not present:
         raise ValueError(f"hotswap needs the name of a loaded S2FT adapter to replace, got {adapter_name!r}.")
     for component in present:
@@ -130,16 +129,20 @@ def check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_na
             raise ValueError(f"{label}: cannot be swapped in: the place's scaling is 0, so nothing in it would count.")
     for component in sorted(present.keys() | adapter.layers.keys()):
         old, new = present.get(component, {}), adapter.layers.get(component, {})
+        old_config = components[component].peft_config.get(adapter_name)
         if different := sorted(old.keys() ^ new.keys()):
             where = f"{component}.{different[0]}"
             raise ValueError(f"{label}: cannot be swapped in: only one of the two adapters has {where}.")
         for name, layer in new.items():
-            place = old[name]
-            found, wanted = tuple(layer.coefficients.shape), tuple(place.coefficients.shape)
-            if (found, adapter.configs[component].norm) != (wanted, place.norm):
+            place = old[name].s2ft_delta[adapter_name]
+            found, wanted = (
+                _sizes(layer.state(), adapter.configs[component]),
+                _sizes(dict(place.state_dict()), old_config),
+            )
+            if found != wanted:
                 raise ValueError(
-                    f"{label}: cannot be swapped in: {component}.{name} has coefficients {found} with norm "
-                    f"{adapter.configs[component].norm!r}, the place {wanted} with {place.norm!r}."
+                    f"{label}: cannot be swapped in: {component}.{name} has {_described(found)}, the place "
+                    f"{_described(wanted)}."
                 )
             factor = adapter.configs[component].scaling / components[component].peft_config[adapter_name].scaling
             if not torch.isfinite((layer.coefficients.float() * factor).to(place.coefficients.dtype)).all():
@@ -165,15 +168,28 @@ def swap_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_
         for module in model.modules():
             if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
                 module.s2ft_config[adapter_name] = config
-        for name, delta in _named_deltas(component, model, adapter_name).items():
-            for key, tensor in layers[name].tensors().items():
+        for name, layer in _named_layers(component, model, adapter_name).items():
+            delta = layer.s2ft_delta[adapter_name]
+            for key, tensor in layers[name].state().items():
                 getattr(delta, key).copy_(tensor.float() * factor if key == "coefficients" else tensor)
+            delta.forget()
+            layer.prepare()
 
 
-def _named_deltas(component: str, model: nn.Module, adapter_name: str | None) -> dict[str, SpectralDelta]:
-    """An adapter's deltas in a model, by the names that their layers have in a file."""
+def _sizes(state: Mapping[str, torch.Tensor], config: S2FTConfig) -> dict[str, tuple[int, ...] | str]:
+    """What must be equal of two adapters for one to take the place of the other: shapes, and the norm."""
+    return {**{name: tuple(tensor.shape) for name, tensor in state.items()}, "norm": config.norm}
+
+
+def _described(sizes: Mapping[str, tuple[int, ...] | str]) -> str:
+    where = "on a grid" if "row_functions" in sizes else "at free positions"
+    return f"coefficients {sizes['coefficients']} {where} with norm {sizes['norm']!r}"
+
+
+def _named_layers(component: str, model: nn.Module, adapter_name: str | None) -> dict[str, S2FTLayer]:
+    """The layers of a model that have an adapter, by the names that they have in a file."""
     return {
-        canonical_name(component, name): module.s2ft_delta[adapter_name]
+        canonical_name(component, name): module
         for name, module in model.named_modules()
         if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta
     }

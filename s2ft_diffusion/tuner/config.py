@@ -22,6 +22,7 @@ class S2FTType(str, Enum):  # noqa: UP042
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "n_frequency": 8000,
+        "positions": "free",
         "scaling": 100.0,  # the paper does not say; docs/learning-rate.md
         "coefficients": "real",
         "norm": "backward",
@@ -46,11 +47,17 @@ class S2FTConfig(PeftConfig):
         n_frequency: real trainable numbers in each layer; an int, or a float below 1 for a share of the layer's d * k.
         n_frequency_pattern: layer names or regular expressions to their own `n_frequency`.
         scaling: the factor alpha of Eq. 3, applied to every delta weight.
-        coefficients: "complex" (half plane, two numbers a position) or "real" (full plane, one number; the paper).
-        norm: the inverse transform's normalisation: "ortho" (1 / sqrt(d * k)) or "backward" (1 / (d * k); the paper).
+        positions: "grid" (a table between row and column frequency functions; three thin products, exactly a LoRA) or
+            "free" (anywhere in the spectrum, as in the paper; a dense weight change in every step).
+        oversampling: on a grid, places of the table for each trained number: 1 trains them all; with more, `sampling`
+            draws those that are trained.
+        coefficients: at free positions, "complex" (half plane, two numbers a position) or "real" (full plane, one
+            number; the paper).
+        norm: at free positions, the inverse transform's normalisation: "ortho" (1 / sqrt(d * k)) or "backward"
+            (1 / (d * k); the paper). A grid's functions are orthonormal.
         sampling: how positions are chosen: "power" (drawn by Eq. 7), "top" (the prior's largest), "low_frequency" or
-            "random". Without a prior, as after plain construction, the first two draw as "low_frequency" does until
-            `initialize_s2ft_weights` has been called.
+            "random". A grid's functions are the prior's strongest for both of the first two. Without a prior, as after
+            plain construction, these draw as "low_frequency" does until `initialize_s2ft_weights` has been called.
         gamma: exponent of the sampling probability (Eq. 7; 1.5 in the paper).
         rearrange: "nearest_neighbor" (Alg. 1; of convolutions rows alone) or "none" (the identity, FourierFT's).
         distance: between rows and between columns: "cosine" or "euclidean" (the paper).
@@ -67,6 +74,8 @@ class S2FTConfig(PeftConfig):
     n_frequency: int | float = 8000
     n_frequency_pattern: dict[str, int | float] = field(default_factory=dict)
     scaling: float = 1.0
+    positions: Literal["grid", "free"] = "grid"
+    oversampling: int = 1
     coefficients: CoefficientKind = "complex"
     norm: Norm = "ortho"
     sampling: Sampling = "power"
@@ -77,7 +86,6 @@ class S2FTConfig(PeftConfig):
     refine: Literal["2opt"] | None = "2opt"
     seed: int = 0
     init_weights: bool = True
-    bias: Literal["none"] = "none"
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -90,13 +98,13 @@ class S2FTConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         choices = {
+            "positions": ("grid", "free"),
             "coefficients": ("complex", "real"),
             "norm": ("ortho", "backward"),
             "sampling": ("power", "top", "low_frequency", "random"),
             "rearrange": ("nearest_neighbor", "none"),
             "distance": ("cosine", "euclidean"),
             "refine": ("2opt", None),
-            "bias": ("none",),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -113,6 +121,12 @@ class S2FTConfig(PeftConfig):
             raise ValueError(f"gamma must not be negative, got {self.gamma}.")
         if not isinstance(self.signs, bool) or isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"signs must be a bool and seed an int, got {self.signs!r} and {self.seed!r}.")
+        if isinstance(self.oversampling, bool) or not isinstance(self.oversampling, int) or self.oversampling < 1:
+            raise ValueError(f"oversampling must be an int of at least 1, got {self.oversampling!r}.")
+        if self.positions == "grid" and (self.coefficients, self.norm) != ("complex", "ortho"):
+            raise ValueError('coefficients and norm are choices of positions="free"; a grid has orthonormal functions.')
+        if self.positions == "free" and self.oversampling != 1:
+            raise ValueError('oversampling is a choice of positions="grid".')
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform.")
 

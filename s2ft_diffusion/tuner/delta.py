@@ -1,151 +1,333 @@
-"""One adapter's weight change of one layer, as a module: `SpectralDelta`."""
+"""One adapter's weight change of one layer, as a module: `GridDelta`, or `SpectralDelta` at free positions."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
 from .config import S2FTConfig
-from .cuda_graphs import GraphedTransform, current_stream, graphs_apply
-from .delta_cache import delta_cache
-from .product import ProductIndex, index_product, prefers_spectrum, spectral_product
+from .grid import Grid, GridSize, choose_grid, grid_delta, grid_factors, grid_size, row_matrix
+from .integers import from_bytes, to_bytes
 from .rearrange import Rearrangement
-from .spectrum import SpectrumIndex, index_dtype, index_spectrum, inverse_transform
+from .spectrum import SpectrumIndex, count_positions, index_spectrum, inverse_transform, sample_positions
+
+ORDERS = ("row_order", "column_order")
+SIGNS = ("row_sign", "column_sign")
 
 
-class SpectralDelta(nn.Module):
-    """One adapter's weight change of one layer: trainable coefficients, their positions and the rearrangement.
+class LayerDelta(nn.Module):
+    """What both kinds have in common: trainable coefficients, where they sit, and the rearrangement.
 
-    State, for a (d, k) layer with m positions: `coefficients` (m, 2) or (m,) float; `positions` (m, 2), `row_order`
-    (d,) and `column_order` (k,) int32, or int16 with the config's `inference_mode` where no side is longer than 32,767
-    (there may be a hundred adapters, but process groups know no int16); `row_sign` (d,) and `column_sign` (k,) int8.
+    State: `coefficients`, float; integers as bytes (`integers.to_bytes`), `row_order` (d, 2 or 4), `column_order`
+    (k, 2 or 4) and those in `integer_bounds`; `row_sign` (d,) and `column_sign` (k,), int8.
 
-    Calling it gives the (d, k) weight change times `scale`, in `dtype` or float32 (float64 for float64 coefficients),
-    or, with inputs (..., k), their product (..., d) with it. A module, so that whatever moves a module's weights around
-    its call (offloading, sharding) finds it.
+    A module, so that whatever moves a module's weights around its call (offloading, sharding) finds it.
     """
 
-    def __init__(self, shape: tuple[int, int], config: S2FTConfig, positions: torch.Tensor) -> None:
+    integer_bounds: dict[str, int]
+
+    def __init__(self, shape: tuple[int, int], config: S2FTConfig, start: tuple[int, ...]) -> None:
         super().__init__()
         self.shape = shape
-        self.norm = config.norm
-        count = len(positions)
-        size = (count, 2) if config.coefficients == "complex" else (count,)
-        start = torch.zeros(size) if config.init_weights else torch.randn(size)
-        self.coefficients = nn.Parameter(start)
+        self.coefficients = nn.Parameter(torch.zeros(start) if config.init_weights else torch.randn(start))
+        self.integer_bounds = dict(zip(ORDERS, shape, strict=True))
         identity = Rearrangement.identity(*shape)
-        dtype = index_dtype(shape) if config.inference_mode else torch.int32
-        self.register_buffer("positions", positions.to(dtype))
-        self.register_buffer("row_order", identity.row_order.to(dtype))
-        self.register_buffer("column_order", identity.column_order.to(dtype))
-        self.register_buffer("row_sign", identity.row_sign)
-        self.register_buffer("column_sign", identity.column_sign)
-        self._indexes: dict[type, tuple[list[tuple[torch.Tensor, int, torch.device]], Any]] | None = None
-        self._graphed: dict[torch.dtype, GraphedTransform | tuple[SpectrumIndex, int] | None] = {}
+        for name, bound in zip(ORDERS, shape, strict=True):
+            self.register_buffer(name, to_bytes(getattr(identity, name), bound))
+        for name in SIGNS:
+            self.register_buffer(name, getattr(identity, name))
+        self._draw: Callable[[], Mapping[str, torch.Tensor]] | None = None
+
+    def draw_later(self, config: S2FTConfig, generator: torch.Generator, name: str) -> None:
+        """Choose without a prior when it is first needed, unless a state is loaded or set before: it can take long."""
+        self._draw = partial(self.choose, config, None, generator, name)
+
+    def draw(self) -> None:
+        """Do what `draw_later` has put off."""
+        if self._draw is not None:
+            chosen, self._draw = self._draw(), None
+            self._set(chosen)
+
+    def _hold(self, name: str, values: torch.Tensor, bound: int) -> None:
+        self.integer_bounds[name] = bound
+        self.register_buffer(name, to_bytes(values, bound))
+
+    def integers(self, name: str) -> torch.Tensor:
+        """The integers that are held under a name, int32."""
+        self.draw()
+        return from_bytes(getattr(self, name))
 
     @property
     def rearrangement(self) -> Rearrangement:
-        return Rearrangement(self.row_order.int(), self.column_order.int(), self.row_sign, self.column_sign)
+        return Rearrangement(*map(self.integers, ORDERS), self.row_sign, self.column_sign)
+
+    @abstractmethod
+    def choose(
+        self, config: S2FTConfig, latent: torch.Tensor | None, generator: torch.Generator, name: str
+    ) -> dict[str, torch.Tensor]:
+        """Where the coefficients are to sit, for the rearranged prior (d, k) or without one: integers by name."""
+
+    @abstractmethod
+    def dense(self) -> torch.Tensor:
+        """The unscaled weight change (d, k), in float32 (float64 for float64 coefficients)."""
+
+    def added_to(self, matrix: torch.Tensor, scale: float) -> torch.Tensor:
+        """A matrix (d, k) plus `scale` times the weight change, in the change's dtype and on its device."""
+        delta = self.dense()
+        return torch.add(matrix.to(delta.device, delta.dtype), delta, alpha=scale, out=delta)
 
     @torch.no_grad()
-    def place(self, positions: torch.Tensor, rearrangement: Rearrangement) -> None:
-        """Set positions (m, 2) and rearrangement in place, and the coefficients to zero."""
-        self.positions.copy_(positions)
-        for name in ("row_order", "column_order", "row_sign", "column_sign"):
+    def place(self, chosen: Mapping[str, torch.Tensor], rearrangement: Rearrangement) -> None:
+        """Set what `choose` gave and the rearrangement in place, and the coefficients to zero."""
+        self._set({**chosen, **{name: getattr(rearrangement, name) for name in ORDERS}})
+        for name in SIGNS:
             getattr(self, name).copy_(getattr(rearrangement, name))
+        self.placed()
+
+    @torch.no_grad()
+    def placed(self) -> None:
+        """To be called after buffers have been set from outside: coefficients are zero, what was made is let go."""
+        self._draw = None
         self.coefficients.zero_()
-        self.forget_indexes()
+        self.forget()
 
-    def forget_indexes(self) -> None:
-        """Let go of everything made for training."""
-        self._indexes = None
-        self._graphed.clear()
+    def _set(self, chosen: Mapping[str, torch.Tensor]) -> None:
+        for name, values in chosen.items():
+            getattr(self, name).copy_(to_bytes(values, self.integer_bounds[name]))
+        self.forget()
 
-    def _indexed(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
+    def forget(self) -> None:
+        """Let go of everything that was made from the state."""
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Make what a forward pass in `dtype` on `device` needs of the state; else the first one does."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, bound in self.integer_bounds.items():  # integers as such, which earlier releases saved
+            values = state_dict.get(prefix + name)
+            if values is not None and values.dtype != torch.uint8:
+                state_dict[prefix + name] = to_bytes(values, bound)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._draw = None
+        self.forget()
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.draw()
+        super()._save_to_state_dict(*args, **kwargs)
+
+
+class ThinFactors(NamedTuple):
+    """A weight change in three thin matrices: up (d, r1) @ table (r1, r2) @ down (r2, k)."""
+
+    up: torch.Tensor
+    table: torch.Tensor
+    down: torch.Tensor
+
+
+# Layers without a prior have the same functions in the same order, and share their matrices.
+_SHARED: WeakValueDictionary[tuple, torch.Tensor] = WeakValueDictionary()
+
+
+class GridDelta(LayerDelta):
+    """Coefficients on a grid: a table between row and column frequency functions (`grid`).
+
+    State beside `LayerDelta`'s: `row_functions` (r1,) and `column_functions` (r2,), and for a sparse table `places`
+    (n,). `coefficients` are (r1, r2), or (n,). Calling it gives the `ThinFactors` of the change times `scale`. The two
+    fixed ones are made once, in the dtype and on the device where they are needed, and let go while not in use.
+    """
+
+    def __init__(self, shape: tuple[int, int], config: S2FTConfig, size: GridSize) -> None:
+        self.size = size
+        super().__init__(shape, config, (size.rows, size.columns) if size.dense else (size.numbers,))
+        self._hold("row_functions", torch.arange(size.rows), shape[0])
+        self._hold("column_functions", torch.arange(size.columns), shape[1])
+        if not size.dense:
+            self._hold("places", torch.arange(size.numbers), size.rows * size.columns)
+        self._fixed: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
+
+    @property
+    def grid(self) -> Grid:
+        names = ("row_functions", "column_functions", "places")
+        return Grid(*(self.integers(name) if name in self.integer_bounds else None for name in names))
+
+    def choose(
+        self, config: S2FTConfig, latent: torch.Tensor | None, generator: torch.Generator, name: str
+    ) -> dict[str, torch.Tensor]:
+        sampling = config.sampling
+        if latent is None and sampling in ("power", "top"):
+            sampling = "low_frequency"
+        options = {"sampling": sampling, "gamma": config.gamma, "latent": latent, "generator": generator, "name": name}
+        return choose_grid(self.size, self.shape, **options).tensors()
+
+    def dense(self) -> torch.Tensor:
+        return grid_delta(self.coefficients, self.grid, self.rearrangement, self._exact())
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B (d, r) and A (r, k), r = min(r1, r2): the unscaled weight change as a LoRA, exactly."""
+        return grid_factors(self.coefficients, self.grid, self.rearrangement, self._exact())
+
+    def added_to(self, matrix: torch.Tensor, scale: float) -> torch.Tensor:
+        b, a = self.factors()
+        return torch.addmm(matrix.to(b.device, b.dtype), b, a, alpha=scale)  # no dense change beside the sum
+
+    def _exact(self) -> torch.dtype:
+        return torch.float64 if self.coefficients.dtype == torch.float64 else torch.float32
+
+    def forward(self, scale: float, dtype: torch.dtype) -> ThinFactors:
+        coefficients = self.coefficients
+        fixed = self._fixed
+        if fixed is None or fixed[0].dtype != dtype or fixed[0].device != coefficients.device:
+            fixed = self._make_fixed(dtype, coefficients.device)
+            if not torch.compiler.is_compiling():
+                self._fixed = fixed
+        up, down, places = fixed
+        table = coefficients if scale == 1.0 else coefficients * scale
+        if places is not None:
+            table = table.new_zeros(up.shape[1] * down.shape[0]).index_copy(0, places, table)
+            table = table.view(up.shape[1], down.shape[0])
+        return ThinFactors(up, table.to(dtype), down)
+
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        if self._fixed is None or self._fixed[0].dtype != dtype or self._fixed[0].device != device:
+            self._fixed = self._make_fixed(dtype, device)
+
+    def forget(self) -> None:
+        self._fixed = None
+
+    def _make_fixed(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with torch.inference_mode(False), torch.no_grad():  # for gradients too, wherever they are made
+            up = self._functions("row", dtype, device)
+            down = self._functions("column", dtype, device)
+            places = self.integers("places").to(device, torch.int64) if "places" in self.integer_bounds else None
+            return up, down, places
+
+    def _functions(self, side: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The row functions as (d, r1), the column functions as (r2, k)."""
+        self.draw()
+        held = [getattr(self, f"{side}_{what}") for what in ("functions", "order", "sign")]
+        known = not torch.compiler.is_compiling() and all(
+            type(t) is torch.Tensor and t.device.type == "cpu" for t in held
+        )
+        key = (side, dtype, device, *(t.numpy().tobytes() for t in held)) if known else None
+        if key is not None and (shared := _SHARED.get(key)) is not None:
+            return shared
+        functions, order, sign = (t.to(device) for t in held)
+        made = row_matrix(from_bytes(functions), from_bytes(order), sign, dtype=dtype)
+        made = made if side == "row" else made.T.contiguous()
+        if key is not None:
+            _SHARED[key] = made
+        return made
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, table={self.size.rows}x{self.size.columns}, numbers={self.coefficients.numel()}"
+
+
+class SpectralDelta(LayerDelta):
+    """Coefficients at free positions of the spectrum (`spectrum`), as in the paper.
+
+    State beside `LayerDelta`'s, for m positions: `positions` (m, 2); `coefficients` are (m, 2) complex or (m,) real.
+    Calling it gives the dense (d, k) weight change times `scale`, in `dtype` or float32 (float64 for float64
+    coefficients).
+    """
+
+    def __init__(self, shape: tuple[int, int], config: S2FTConfig, count: int) -> None:
+        super().__init__(shape, config, (count, 2) if config.coefficients == "complex" else (count,))
+        self.norm = config.norm
+        self._hold("positions", torch.zeros(count, 2, dtype=torch.int32), max(shape))
+        self._index: tuple[list[tuple[torch.Tensor, int, torch.device]], SpectrumIndex] | None = None
+
+    def choose(
+        self, config: S2FTConfig, latent: torch.Tensor | None, generator: torch.Generator, name: str
+    ) -> dict[str, torch.Tensor]:
+        sampling = config.sampling
+        if latent is None and sampling in ("power", "top"):
+            sampling = "low_frequency"
+        positions = sample_positions(
+            len(self.positions),
+            self.shape,
+            kind=config.coefficients,
+            sampling=sampling,
+            gamma=config.gamma,
+            latent=latent,
+            generator=generator,
+            name=name,
+        )
+        return {"positions": positions}
+
+    def dense(self) -> torch.Tensor:
+        return self(1.0)
+
+    def forward(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        coefficients = self.coefficients
+        if coefficients.dtype != torch.float64:
+            coefficients = coefficients.float()  # no transform exists in half precision
+        if scale != 1.0:  # here, where there are the fewest numbers
+            coefficients = coefficients * scale
+        return inverse_transform(coefficients, self._indexed(), dtype)
+
+    def _indexed(self) -> SpectrumIndex:
         """The index made of the buffers, kept in training until a buffer has changed or moved.
 
         Training is where there are gradients, or would be. Not in sampling: a pipeline may hold many adapters, and an
         index takes more room than what it is made from.
         """
         training = torch.is_grad_enabled() or self.coefficients.requires_grad
-        if torch.compiler.is_compiling() or not training or self.positions.is_inference():
-            self.forget_indexes()
-            return self._index(kind)
-        state = [(buffer, buffer._version, buffer.device) for buffer in self._buffers.values()]
-        indexes = self._indexes
-        if indexes is None:
-            indexes = self._indexes = {}
-        if kind in indexes:
-            seen, index = indexes[kind]
-            if all(a is b and v == w and x == y for (a, v, x), (b, w, y) in zip(seen, state, strict=True)):
-                return index
-        index = self._index(kind)
-        indexes[kind] = (state, index)
+        keep = training and not torch.compiler.is_compiling() and not self.positions.is_inference()
+        if not keep:
+            self.forget()
+        else:
+            state = [(buffer, buffer._version, buffer.device) for buffer in self._buffers.values()]
+            if self._index is not None:
+                seen, index = self._index
+                if all(a is b and v == w and x == y for (a, v, x), (b, w, y) in zip(seen, state, strict=True)):
+                    return index
+        real = self.coefficients.ndim == 1
+        index = index_spectrum(self.integers("positions"), self.rearrangement, self.norm, real=real)
+        if keep:
+            self._index = state, index
         return index
 
-    def _index(self, kind: type[SpectrumIndex] | type[ProductIndex]) -> Any:
-        make = index_spectrum if kind is SpectrumIndex else index_product
-        return make(self.positions, self.rearrangement, self.norm, real=self.coefficients.ndim == 1)
-
-    def forward(
-        self, x: torch.Tensor | None = None, scale: float = 1.0, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
-        coefficients = self.coefficients
-        if coefficients.dtype != torch.float64:
-            coefficients = coefficients.float()  # no transform exists in half precision
-        if x is None and graphs_apply(coefficients, self.shape) and not getattr(self, "_is_replica", False):
-            graphed = self._graph(dtype or coefficients.dtype)
-            if graphed is not None:
-                return graphed(coefficients, scale)
-        if scale != 1.0:  # here, where there are the fewest numbers
-            coefficients = coefficients * scale
-        if x is not None:
-            return spectral_product(x, coefficients, self._indexed(ProductIndex))
-        return inverse_transform(coefficients, self._indexed(SpectrumIndex), dtype)
-
-    def _graph(self, dtype: torch.dtype) -> GraphedTransform | None:
-        """The transform as a graph, from the second time on that it is wanted of the same index on the same stream."""
-        index, stream = self._indexed(SpectrumIndex), current_stream(self.coefficients.device)
-        known = self._graphed.get(dtype)
-        if isinstance(known, GraphedTransform) and known.index is index and known.stream == stream:
-            return known
-        if isinstance(known, tuple) and known[0] is index and known[1] == stream:
-            self._graphed[dtype] = known = GraphedTransform(self.coefficients, index, dtype, stream)
-            return known
-        self._graphed[dtype] = (index, stream)
-        return None
-
-    def prefers_product(self, x: torch.Tensor) -> bool:
-        """Whether to multiply inputs x (..., in_features) in the spectrum, where the dense change is for them alone."""
-        if torch.compiler.is_compiling():
-            return False
-        return prefers_spectrum(x.numel() // x.shape[-1], len(self.positions), self.shape, x.device.type)
-
-    def kept(self, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The same weight change, made once and kept until what it depends on has changed; then scaled and cast.
-
-        It may be what is kept itself: not to be changed in place.
-        """
-        sources = self.sources()
-        if sources is None:
-            return self(scale=scale, dtype=dtype)
-        delta = delta_cache.get(self, None, sources, self)
-        return (delta if scale == 1.0 else delta * scale).to(dtype or delta.dtype)
-
-    def sources(self) -> list[torch.Tensor] | None:
-        """What the weight change depends on; None where something made from it could not be kept right.
-
-        That is while gradients are on (the coefficients are about to change), while tracing, and where hooks bring
-        weights in for the call alone.
-        """
-        if torch.compiler.is_compiling():
-            return None
-        if torch.is_grad_enabled() or self._forward_pre_hooks or "forward" in self.__dict__:
-            delta_cache.drop(self)
-            return None
-        return [*self._parameters.values(), *self._buffers.values()]
+    def forget(self) -> None:
+        self._index = None
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, positions={len(self.positions)}, numbers={self.coefficients.numel()}"
+
+
+def make_delta(shape: tuple[int, int], config: S2FTConfig, n_frequency: int | float) -> LayerDelta:
+    """An adapter's weight change of a (d, k) layer by its config, at zero; its integers are still to be drawn.
+
+    Raises ValueError for an `n_frequency` that the layer has no room for.
+    """
+    if config.positions == "grid":
+        return GridDelta(shape, config, grid_size(n_frequency, shape, config.oversampling))
+    return SpectralDelta(shape, config, count_positions(n_frequency, shape, config.coefficients))
+
+
+def trained_numbers(shape: tuple[int, int], config: S2FTConfig, n_frequency: int | float) -> int:
+    """How many real numbers a (d, k) layer trains; raises ValueError as `make_delta` does."""
+    if config.positions == "grid":
+        return grid_size(n_frequency, shape, config.oversampling).numbers
+    count = count_positions(n_frequency, shape, config.coefficients)
+    return 2 * count if config.coefficients == "complex" else count
+
+
+def delta_from_state(shape: tuple[int, int], config: S2FTConfig, state: Mapping[str, torch.Tensor]) -> LayerDelta:
+    """The delta that has a state, in the state's types; `state` has been checked."""
+    if "row_functions" in state:
+        size = GridSize(len(state["row_functions"]), len(state["column_functions"]), state["coefficients"].numel())
+        if "places" not in state:
+            size = size._replace(numbers=size.rows * size.columns)
+        delta: LayerDelta = GridDelta(shape, config, size)
+    else:
+        delta = SpectralDelta(shape, config, len(state["positions"]))
+    delta.load_state_dict(dict(state), assign=True)
+    return delta

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
-
-from .delta_cache import delta_cache
 
 # A fused change that its own rounding alters by more than this share is worth a warning.
 FUSE_ROUNDING_LIMIT = 0.05
@@ -41,6 +40,8 @@ class Fusing:
     s2ft_delta: nn.ModuleDict
     merged_adapters: list[str]
     _weight_shape: tuple[int, ...]
+    _as_weight: Callable[[torch.Tensor], torch.Tensor]
+    _as_matrix: Callable[[torch.Tensor], torch.Tensor]
     _fused: Fused | None = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, *, scale: float = 1.0) -> None:
@@ -71,7 +72,6 @@ class Fusing:
         before = self._fused.scales if self._fused else {}
         self._fused = Fused(original, {**before, **scales}, fused.dtype, fingerprint(fused))
         weight.data = fused
-        delta_cache.drop(self)  # it holds on to the weight as it was
         self.merged_adapters.extend(scales)
 
     def unmerge(self) -> None:
@@ -126,8 +126,8 @@ class Fusing:
     def _add_deltas(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
         result = weight
         for name, scale in scales.items():
-            delta = self.s2ft_delta[name]().view(self._weight_shape).to(weight.device)
-            result = torch.add(result.to(delta.dtype), delta, alpha=scale, out=delta).to(weight.dtype)
+            delta = self.s2ft_delta[name]
+            result = self._as_weight(delta.added_to(self._as_matrix(result), scale).to(weight.device, weight.dtype))
         if result.stride() != weight.stride():  # a convolution's weight may lie channels last
             result = torch.empty_like(weight).copy_(result)
         return result
@@ -136,8 +136,8 @@ class Fusing:
         if before.dtype in (torch.float32, torch.float64):
             return
         with torch.no_grad():
-            wanted = sum(self.s2ft_delta[name]() * scale for name, scale in scales.items())
-            wanted = wanted.view(self._weight_shape).to(before.device)
+            wanted = sum(self.s2ft_delta[name].dense() * scale for name, scale in scales.items())
+            wanted = self._as_weight(wanted).to(before.device)
         if (lost := ((after.float() - before.float()) - wanted).norm()) > FUSE_ROUNDING_LIMIT * wanted.norm():
             warnings.warn(
                 f"Fusing into {before.dtype} rounds an adapter's change by {float(lost / wanted.norm()):.0%} in some "

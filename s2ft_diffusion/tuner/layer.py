@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .config import S2FTConfig
-from .delta import SpectralDelta
-from .delta_cache import delta_cache
+from .delta import GridDelta, SpectralDelta, ThinFactors, delta_from_state, make_delta
 from .fusing import Fusing
 from .seeding import seeded
-from .spectrum import count_positions, sample_positions
 
 CONVOLUTION = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
@@ -28,11 +27,12 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
     """A layer with S2FT adapters: what a linear layer and a convolution have in common.
 
     A weight change is a matrix (d, k) whose row makes one output: a convolution's has all of its kernel's entries for
-    all inputs in a row. There is one `SpectralDelta` per adapter.
+    all inputs in a row. There is one `LayerDelta` per adapter.
 
-    On a plain float32 layer the input is multiplied once, by W + delta. In every other case - low precision, autocast,
-    quantised weights, other adapters or hooks on the base layer - the base layer is called as it is and the delta's
-    product added in the compute dtype: W + delta in bfloat16 would round a small delta away.
+    The base layer is called as it is, whatever it is (quantised, sharded, offloaded), and the changes' products are
+    added in its output's dtype: W + delta in bfloat16 would round a small delta away. An adapter on a grid multiplies
+    by three thin matrices; one at free positions by its dense change, or, on a plain float32 layer, the input is
+    multiplied once, by W + delta.
 
     A delta weight is used times `scaling` (the config's alpha), times the weight `set_scale` gave the adapter, times
     whatever `scale_layer` has put on and `unscale_layer` not yet taken off. All three are stored as they came, so that
@@ -76,9 +76,17 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """What the base layer does to x, with another weight of the same shape."""
 
-    def _prefers_spectrum(self, x: torch.Tensor, scales: dict[str, float]) -> bool:
-        """Whether to multiply x in the spectrum, adapter by adapter, instead of making a dense delta."""
-        return False
+    @abstractmethod
+    def _multiply_thin(self, x: torch.Tensor, factors: ThinFactors) -> torch.Tensor:
+        """The same with the weight up @ table @ down, never made."""
+
+    def _as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """A weight change (d, k) in the shape of the base layer's weight."""
+        return delta.view(self._weight_shape)
+
+    def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_as_weight`."""
+        return weight.reshape(self._shape)
 
     @property
     def r(self) -> dict[str, int]:
@@ -86,34 +94,47 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         return {name: delta.coefficients.numel() for name, delta in self.s2ft_delta.items()}
 
     def update_layer(self, adapter_name: str, n_frequency: int | float, config: S2FTConfig, name: str) -> None:
-        """Add an adapter without a prior: identity order, positions near frequency zero (or as `sampling` says).
-
-        With the config's `inference_mode`, positions are left to whoever loads the adapter's state.
-        """
-        shape = self._shape
+        """Add an adapter without a prior: identity order, and low frequencies (or as `sampling` says)."""
         try:
-            count = count_positions(n_frequency, shape, config.coefficients)
+            delta = make_delta(self._shape, config, n_frequency)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        if config.inference_mode:
-            positions = torch.zeros(count, 2, dtype=torch.int32)  # about to be loaded; drawing them would take seconds
-        else:
-            positions = sample_positions(
-                count,
-                shape,
-                kind=config.coefficients,
-                sampling="low_frequency" if config.sampling in ("power", "top") else config.sampling,
-                generator=seeded(config.seed, name),
-                name=name,
-            )
-        self.s2ft_delta[adapter_name] = SpectralDelta(shape, config, positions)
+        delta.draw_later(config, seeded(config.seed, name), name)
+        self.s2ft_delta[adapter_name] = delta
         self.s2ft_config[adapter_name] = config
         self.s2ft_scaling[adapter_name] = config.scaling
         self.s2ft_weight[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
         # This one alone: `set_adapter` goes over all of them, and there may be a hundred.
         trained = adapter_name in self.active_adapters and not config.inference_mode
-        self.s2ft_delta[adapter_name].requires_grad_(trained)
+        delta.requires_grad_(trained)
+        if trained:
+            delta.draw()
+
+    def take_state(self, adapter_name: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Put a state (`LayerDelta`'s) in the place of an adapter's, of whatever sizes and types it is."""
+        replaced = self.s2ft_delta[adapter_name]
+        delta = delta_from_state(self._shape, self.s2ft_config[adapter_name], state)
+        self.s2ft_delta[adapter_name] = delta.requires_grad_(replaced.coefficients.requires_grad)
+        self.s2ft_delta[adapter_name].to(self.get_base_layer().weight.device)
+        if adapter_name in self._active():
+            self.prepare()
+
+    def prepare(self) -> None:
+        """Make what the active adapters' forward passes need, and let go of what others' needed."""
+        base = self.get_base_layer()
+        dtype, device = compute_dtype(base), base.weight.device
+        active = self._active()
+        for name, delta in self.s2ft_delta.items():
+            if name in active and device.type != "meta":
+                delta.prepare(dtype, device)
+            elif name not in active:
+                delta.forget()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's `set_adapter`; what adapters that are no longer active have made is let go."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.prepare()
 
     # Scales
 
@@ -163,8 +184,18 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The scaled delta weight of an adapter, of the base weight's shape, in float32."""
-        delta = self.s2ft_delta[adapter].kept() * self.effective_scale(adapter)
-        return delta.view(self._weight_shape)
+        return self._as_weight(self.s2ft_delta[adapter].dense() * self.effective_scale(adapter))
+
+    def lora_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """B (d, r) and A (r, k), float32, with B @ A the scaled delta weight of an adapter on a grid, exactly.
+
+        Raises TypeError for an adapter at free positions, which is not of low rank.
+        """
+        delta = self.s2ft_delta[adapter]
+        if not isinstance(delta, GridDelta):
+            raise TypeError(f"{adapter!r} has free positions: its weight change is not of low rank.")
+        b, a = delta.factors()
+        return b * self.effective_scale(adapter), a
 
     def _scales(self) -> dict[str, float]:
         """The adapters that count at this moment, with their scales."""
@@ -175,61 +206,64 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
                 scales[name] = scale
         return scales
 
-    def _kept(
-        self, scales: dict[str, float], weight: torch.Tensor | None, kind: object, make: Callable[[], torch.Tensor]
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """What `make` makes of the active deltas (and of `weight`), kept while all it depends on stays as it is."""
-        if torch.compiler.is_compiling():
-            return make()
-        sources = [] if weight is None else [weight]
-        deltas = self.s2ft_delta._modules
-        for name in scales:
-            if (found := deltas[name].sources()) is None:
-                delta_cache.drop(self)
-                return make()
-            sources += found
-        return delta_cache.get(self, (kind, *scales.items()), sources, make)
-
-    def _fused_weight(self, weight: torch.Tensor, scales: dict[str, float]) -> torch.Tensor:
-        deltas = self.s2ft_delta
-        for name, scale in scales.items():
-            if torch.is_grad_enabled():
-                weight = weight + deltas[name].kept(scale).view(self._weight_shape)
-            else:  # of what may be kept, scaling and adding in one pass
-                weight = torch.add(weight, deltas[name].kept().view(self._weight_shape), alpha=scale)
-        return weight
-
-    def _active_delta(self, scales: dict[str, float], dtype: torch.dtype) -> torch.Tensor:
-        if len(scales) > 1:  # summed before they are rounded
-            deltas = [self.s2ft_delta[name].kept(scale) for name, scale in scales.items()]
-            return sum(deltas[1:], start=deltas[0]).to(dtype)
-        ((name, scale),) = scales.items()
-        return self.s2ft_delta[name].kept(scale, dtype)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output with the active adapters' changes, or, with `adapter_names` (one for each row of the
+        batch; "__base__" for none), each row with its own adapter's."""
         # Called some thousand times an image: attributes of modules are looked up no more often than needed.
         base = self._modules["base_layer"]
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return base(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
         scales = {} if self.merged_adapters else self._scales()
         if not scales:
             return base(x, *args, **kwargs)
-        if torch.is_grad_enabled() and self._prefers_spectrum(x, scales):
-            delta_cache.drop(self)
-            result = base(x, *args, **kwargs)
-            for name, scale in scales.items():
-                result = result + self.s2ft_delta[name](x, scale).to(result.dtype)
-            return result
-        if self._is_plain(base, x):
+        deltas = self.s2ft_delta._modules
+        free = {name: scale for name, scale in scales.items() if isinstance(deltas[name], SpectralDelta)}
+        if free and self._is_plain(base, x):
             weight = base._parameters["weight"]
-            fused = self._kept(scales, weight, None, lambda: self._fused_weight(weight, scales))
-            return self._multiply(x, fused, base._parameters["bias"])
-        result = base(x, *args, **kwargs)
-        dtype = result.dtype
-        delta = self._kept(scales, None, dtype, lambda: self._active_delta(scales, dtype))
-        return result + self._multiply(x.to(dtype), delta.view(self._weight_shape), None)
+            for name, scale in free.items():
+                weight = weight + self._as_weight(deltas[name](scale))
+            result = self._multiply(x, weight, base._parameters["bias"])
+        else:
+            result = base(x, *args, **kwargs)
+            if free:
+                result = result + self._free_product(x.to(result.dtype), free)
+        for name, scale in scales.items():
+            if name not in free:
+                result = result + self._multiply_thin(x.to(result.dtype), deltas[name](scale, result.dtype))
+        return result
+
+    def _free_product(self, x: torch.Tensor, scales: Mapping[str, float]) -> torch.Tensor:
+        deltas = [self.s2ft_delta[name](scale) for name, scale in scales.items()]
+        total = sum(deltas[1:], start=deltas[0])  # before it is rounded
+        return self._multiply(x, self._as_weight(total.to(x.dtype)), None)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}.")
+        if self.merged:
+            raise ValueError("adapter_names cannot be given while adapters are merged; call unmerge_adapter first.")
+        result = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            scale = self.effective_scale(name) if name in self.s2ft_delta else 0.0
+            if scale == 0:
+                continue
+            rows = torch.tensor([row for row, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
+            part = x.index_select(0, rows).to(result.dtype)
+            delta = self.s2ft_delta[name]
+            if isinstance(delta, SpectralDelta):
+                product = self._free_product(part, {name: scale})
+            else:
+                product = self._multiply_thin(part, delta(scale, result.dtype))
+            result = result.index_add(0, rows, product)
+        return result
 
     def _is_plain(self, base: nn.Module, x: torch.Tensor) -> bool:
         """Whether calling `base` is nothing but a product in float32: no other adapter, no hook, no cast in between."""
@@ -247,31 +281,33 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> S2FTLayer:
-        """What moves a module: what was kept of it lies where it was, in the type that it was."""
-        delta_cache.drop(self)
+        """What moves a module: what was made of it lies where it was, in the type that it was."""
         for delta in self.s2ft_delta.values():
-            delta_cache.drop(delta)
-            delta.forget_indexes()
-        return super()._apply(*args, **kwargs)
+            delta.forget()
+        result = super()._apply(*args, **kwargs)
+        self.prepare()
+        return result
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()
 
 
 class S2FTLinear(S2FTLayer):
-    """A linear layer with S2FT adapters.
+    """A linear layer with S2FT adapters; also transformers' `Conv1D`, which holds its weight transposed."""
 
-    In training, one that sees few tokens multiplies them in the spectrum, and no dense delta is made at all
-    (`product.py`).
-    """
-
-    base_layer_types = (nn.Linear,)
+    base_layer_types = (nn.Linear, Conv1D)
 
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.T if isinstance(self.get_base_layer(), Conv1D) else weight, bias)
 
-    def _prefers_spectrum(self, x: torch.Tensor, scales: dict[str, float]) -> bool:
-        return all(self.s2ft_delta[name].prefers_product(x) for name in scales)
+    def _multiply_thin(self, x: torch.Tensor, factors: ThinFactors) -> torch.Tensor:
+        return F.linear(F.linear(F.linear(x, factors.down), factors.table), factors.up)
+
+    def _as_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return self._as_weight(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -296,6 +332,16 @@ class S2FTConv(S2FTLayer):
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self.get_base_layer()._conv_forward(x, weight, bias)  # which knows how the layer pads
 
+    def _multiply_thin(self, x: torch.Tensor, factors: ThinFactors) -> torch.Tensor:
+        """r2 fixed filters, then two convolutions of kernel size 1; in each of the groups."""
+        layer, (up, table, down) = self.get_base_layer(), factors
+        groups, ones = layer.groups, (1,) * len(layer.kernel_size)
+        pointwise = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
+        filters = down.view(len(down), *self._weight_shape[1:]).repeat(groups, *(1,) * (1 + len(ones)))
+        found = layer._conv_forward(x, filters, None)
+        found = pointwise(found, table.repeat(groups, 1).view(-1, table.shape[1], *ones), groups=groups)
+        return pointwise(found, up.view(*up.shape, *ones), groups=groups)
+
 
 LAYER_TYPES: tuple[type[S2FTLayer], ...] = (S2FTLinear, S2FTConv)
 
@@ -310,14 +356,27 @@ def innermost(module: nn.Module | None) -> nn.Module | None:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a layer computes in: its weight's, or for a quantised or packed one what its library says."""
+    stated = getattr(layer, "compute_dtype", None)  # bitsandbytes' 4-bit layers
+    for dtype in (stated, layer.weight.dtype):
+        if dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            return dtype
+    return torch.float32
+
+
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """The shape of a linear layer's or convolution's weight, also where the weight itself is packed by quantisation."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
+    if isinstance(layer, Conv1D):
+        return tuple(layer.weight.shape)
     return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
 
 
 def delta_shape(layer: nn.Module) -> tuple[int, int]:
     """The shape (d, k) of the weight change of a linear layer or a convolution, as a matrix."""
     d, *rest = weight_shape(layer)
+    if isinstance(layer, Conv1D):
+        return rest[0], d
     return d, math.prod(rest)

@@ -15,7 +15,6 @@ from .config import S2FTConfig
 from .layer import S2FTLayer
 from .rearrange import Rearrangement, find_rearrangement
 from .seeding import seeded
-from .spectrum import sample_positions
 
 Estimate = Literal["gradient", "normalized", "full"]
 
@@ -118,11 +117,11 @@ def place_from_prior(
         if _is_main_process():
             delta.place(*_derive(name, prior[name], layer, adapter_name))
         if _distributed():
-            state = {name: buffer.int() for name, buffer in delta.named_buffers()}  # NCCL knows no int16
+            state = dict(delta.named_buffers())  # bytes, which every process group knows
             for name in sorted(state):
                 dist.broadcast(state[name], src=0)
-            positions = state.pop("positions")
-            delta.place(positions, Rearrangement(**state))
+            delta.placed()
+        layer.prepare()
 
 
 def rearrangement_for(
@@ -141,21 +140,14 @@ def rearrangement_for(
     )
 
 
-def _derive(name: str, prior: torch.Tensor, layer: S2FTLayer, adapter_name: str) -> tuple[torch.Tensor, Rearrangement]:
+def _derive(
+    name: str, prior: torch.Tensor, layer: S2FTLayer, adapter_name: str
+) -> tuple[dict[str, torch.Tensor], Rearrangement]:
     config = layer.s2ft_config[adapter_name]
     generator = seeded(config.seed, name)  # a layer's draws do not depend on which others are adapted
     rearrangement = rearrangement_for(prior, config, generator, columns=layer.rearranges_columns)
-    positions = sample_positions(
-        len(layer.s2ft_delta[adapter_name].positions),
-        tuple(prior.shape),
-        kind=config.coefficients,
-        sampling=config.sampling,
-        gamma=config.gamma,
-        latent=rearrangement.invert(prior.cpu()),
-        generator=generator,
-        name=name,
-    )
-    return positions, rearrangement
+    latent = rearrangement.invert(prior.cpu())
+    return layer.s2ft_delta[adapter_name].choose(config, latent, generator, name), rearrangement
 
 
 @contextmanager

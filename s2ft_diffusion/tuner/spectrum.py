@@ -55,11 +55,6 @@ class SpectrumIndex:
         return self.shape[1] // 2 + 1 if self.columns is None else len(self.columns)
 
 
-def index_dtype(shape: tuple[int, int]) -> torch.dtype:
-    """The narrowest type for positions and orders of a (d, k) matrix: an adapter is held in memory with many others."""
-    return torch.int16 if max(shape) <= torch.iinfo(torch.int16).max else torch.int32
-
-
 def half_plane(positions: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows u and columns v (m,) of the half plane v <= k / 2 for `positions` (m, 2), and which of them are mirrors.
 
@@ -194,6 +189,20 @@ def distinct_positions(shape: tuple[int, int], kind: CoefficientKind) -> int:
     return (d * k + self_conjugate) // 2
 
 
+def count_numbers(n_frequency: int | float, shape: tuple[int, int]) -> int:
+    """The real trainable numbers that `n_frequency` means in a (d, k) layer: itself, or a share below 1 of d * k.
+
+    Raises ValueError for none and for more than d * k.
+    """
+    d, k = shape
+    numbers = round(n_frequency * d * k) if isinstance(n_frequency, float) else n_frequency
+    if numbers < 1:
+        raise ValueError(f"n_frequency={n_frequency} buys no coefficient in a {d}x{k} layer.")
+    if numbers > d * k:
+        raise ValueError(f"n_frequency={n_frequency} is more than the {d * k} numbers of a {d}x{k} layer.")
+    return numbers
+
+
 def count_positions(n_frequency: int | float, shape: tuple[int, int], kind: CoefficientKind) -> int:
     """Positions that a budget of `n_frequency` real trainable numbers buys in a (d, k) layer.
 
@@ -250,16 +259,35 @@ def sample_positions(
             raise ValueError(f"The prior of {name} has NaN or infinite entries.")
         log_weight = amplitude.log_().mul_(gamma) if gamma else torch.where(amplitude > 0, 0.0, -math.inf)
     elif sampling == "low_frequency":
-        distance = (torch.minimum(u, d - u) / d).square() + (torch.minimum(v, k - v) / k).square()
-        log_weight = -distance / (2 * LOW_FREQUENCY_WIDTH**2)
+        # A side of a few entries has its lowest frequencies further apart: 1 / n cycles.
+        across, along = (max(LOW_FREQUENCY_WIDTH, 1 / n) for n in shape)
+        distance = (torch.minimum(u, d - u) / (d * across)).square() + (torch.minimum(v, k - v) / (k * along)).square()
+        log_weight = -distance / 2
     else:
         log_weight = torch.zeros(len(u), len(v))
     if half:  # in columns that are their own mirrors, half of the places mirror the other half
         taken = torch.zeros(log_weight.shape, dtype=torch.bool)
         taken[d // 2 + 1 :, [0, *([k // 2] if k % 2 == 0 else [])]] = True
         log_weight[taken] = -math.inf
+    chosen = draw_places(log_weight, count, sampling == "top", generator, name, taken if half else None)
+    return torch.stack([chosen // len(v), chosen % len(v)], dim=1).int()
+
+
+def draw_places(
+    log_weight: torch.Tensor,
+    count: int,
+    largest: bool,
+    generator: torch.Generator | None,
+    name: str,
+    excluded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`count` distinct flat places of a table of log weights, sorted: drawn by an exponential race, or the `largest`.
+
+    Places of weight 0 (-inf) are drawn uniformly where the others don't suffice, with a warning; those `excluded`
+    never.
+    """
     possible = int(torch.isfinite(log_weight).sum())
-    if sampling == "top" and possible >= count:
+    if largest and possible >= count:
         race = log_weight
     else:
         race = -torch.empty(log_weight.shape).exponential_(generator=generator).log_()
@@ -269,13 +297,12 @@ def sample_positions(
             warnings.warn(
                 f"The prior of {name} has {possible} nonzero spectrum positions, {count} are wanted: "
                 "the rest is drawn uniformly.",
-                stacklevel=2,
+                stacklevel=3,
             )
             race = torch.where(torch.isfinite(log_weight), race + 1e4, race)  # those with a probability come first
-        if half:
-            race[taken] = -math.inf
-    chosen = torch.topk(race.flatten(), count, sorted=False).indices.sort().values
-    return torch.stack([chosen // len(v), chosen % len(v)], dim=1).int()
+        if excluded is not None:
+            race[excluded] = -math.inf
+    return torch.topk(race.flatten(), count, sorted=False).indices.sort().values
 
 
 def _amplitude(latent: torch.Tensor, *, half: bool) -> torch.Tensor:
