@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
 from s2ft_diffusion import S2FTConfig, S2FTLinear, attention_targets
-from s2ft_diffusion.tuner.spectrum import count_positions
+from s2ft_diffusion.tuner.delta import trained_numbers
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +23,10 @@ def test_the_papers_setting_on_stable_diffusion(sd15_unet) -> None:
     names = attention_targets(sd15_unet, "qv")
     assert len(names) == len(set(names)) == 64
     assert len(attention_targets(sd15_unet, "attention")) == 128
-    numbers = 0
+    numbers, paper = 0, S2FTConfig.from_preset("paper")
     for name in names:
         layer = sd15_unet.get_submodule(name)
-        numbers += 2 * count_positions(8000, (layer.out_features, layer.in_features), "complex")
+        numbers += trained_numbers((layer.out_features, layer.in_features), paper, 8000)
     assert numbers == 512_000
 
 

@@ -89,8 +89,8 @@ def test_a_prior_moves_rows_alone(estimate) -> None:
     initialize_s2ft_weights(model, lambda x: model(x).square().mean(), batches, estimate=estimate)
     layer = model.base_model.model[0]
     delta = layer.s2ft_delta["default"]
-    assert delta.row_order.tolist() != list(range(12))
-    assert delta.column_order.tolist() == list(range(27))
+    assert delta.integers("row_order").tolist() != list(range(12))
+    assert delta.integers("column_order").tolist() == list(range(27))
     assert (delta.column_sign == 1).all()
     weights = [p for name, p in model.named_parameters() if "s2ft" not in name]
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))

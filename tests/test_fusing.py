@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
-from s2ft_diffusion.tuner.delta_cache import delta_cache
 
 from s2ft_diffusion import S2FTLayer
-from tests.conftest import add, generate, second_folder
+from tests.conftest import add, generate
 
 
 def layers(pipe) -> list[S2FTLayer]:
@@ -119,12 +118,3 @@ def test_unloading_leaves_what_is_fused(pipe, folder) -> None:
     pipe.unload_s2ft_weights()
     assert not layers(pipe)
     torch.testing.assert_close(generate(pipe), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_moving_a_model_frees_what_was_kept(pipe, tmp_path) -> None:
-    delta_cache.clear()
-    pipe.load_s2ft_weights(second_folder(pipe, tmp_path))
-    generate(pipe)
-    assert delta_cache.bytes > 0
-    pipe.unet.to(torch.float64)
-    assert delta_cache.bytes == 0

@@ -68,8 +68,8 @@ def test_hotswap(pipe, folder, tmp_path) -> None:
     saved = pipe.save_s2ft_weights(tmp_path / "again", dtype="float32")
     again = read_adapter(saved)
     for layer, found in read_adapter(other / saved.name).layers["unet"].items():
-        for key, tensor in found.tensors().items():
-            assert torch.equal(again.layers["unet"][layer].tensors()[key], tensor)
+        for key, tensor in found.state().items():
+            assert torch.equal(again.layers["unet"][layer].state()[key], tensor)
     assert again.configs["unet"].seed == 1
 
 

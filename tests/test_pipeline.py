@@ -18,8 +18,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import get_peft_model_state_dict
 from PIL import Image
 
-from s2ft_diffusion import AdapterFileError, S2FTConfig, S2FTLinear, SpectralDelta, attention_targets
+from s2ft_diffusion import AdapterFileError, S2FTConfig, S2FTLinear, attention_targets
 from s2ft_diffusion.adapters.file import read_adapter, read_header
+from s2ft_diffusion.tuner.delta import GridDelta
 from tests.conftest import add, copy_of, generate, same_state, second_folder, state
 
 
@@ -106,7 +107,7 @@ def test_two_adapters_add_up(pipe, folder, tmp_path) -> None:
     assert torch.equal(generate(pipe), expected)
     pipe.set_adapters(["a", "b"], [0.5, 2.0])
     layer = next(m for m in pipe.unet.modules() if isinstance(m, S2FTLinear))
-    deltas = {n: layer.s2ft_delta[n]() for n in "ab"}
+    deltas = {n: layer.s2ft_delta[n].dense() for n in "ab"}
     hidden = torch.randn(3, layer.in_features)
     weight = layer.base_layer.weight + 2.0 * (0.5 * deltas["a"] + 2.0 * deltas["b"])
     torch.testing.assert_close(layer(hidden), torch.nn.functional.linear(hidden, weight), rtol=1e-4, atol=1e-4)
@@ -323,7 +324,7 @@ def test_a_failure_while_attaching_is_undone(pipe, folder, monkeypatch) -> None:
     add(pipe, "trained")
     before, base = state(pipe), generate(pipe)
     trainable = {name for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
-    monkeypatch.setattr(SpectralDelta, "load_state_dict", failing)
+    monkeypatch.setattr(GridDelta, "load_state_dict", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         pipe.load_s2ft_weights(path)
     assert same_state(pipe, before)

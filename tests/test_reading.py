@@ -66,5 +66,5 @@ def test_both_readers_read_the_same(tmp_path) -> None:
     for name, value in vars(stored.configs["unet"]).items():
         assert getattr(full.configs["unet"], name) == value
     for name, layer in full.layers["unet"].items():
-        for key, tensor in layer.tensors().items():
-            assert torch.equal(stored.layers["unet"][name].tensors()[key], tensor)
+        for key, tensor in layer.state().items():
+            assert torch.equal(stored.layers["unet"][name].state()[key], tensor)

@@ -65,7 +65,10 @@ class Fusing:
         with torch.no_grad():
             fused = self._add_deltas(weight.data, scales)
         if safe and not torch.isfinite(fused).all():
-            raise ValueError(f"The weights fused with {list(scales)} are not finite; nothing was changed.")
+            raise ValueError(
+                f"NaNs detected in the merged weights, or infinite ones: with {list(scales)} they are not finite. "
+                "Nothing was changed."
+            )
         self._warn_of_rounding(weight.data, fused, scales)
         # On a CPU, the very same memory: the sum has memory of its own.
         original = self._fused.original if self._fused else weight.data.detach().to("cpu")

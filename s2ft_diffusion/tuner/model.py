@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import peft.mapping
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_FOURIERFT_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -56,6 +60,71 @@ class S2FTModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """With `adapter_names`, one a row of the batch ("__base__" for none), each row has its own adapter's change."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [module for module in self.modules() if isinstance(module, S2FTLayer)]
+        known = {name for layer in layers for name in layer.s2ft_delta}
+        if unknown := sorted(set(names) - known - {"__base__"}):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        names = [name for name in names for _ in range(beams if isinstance(beams, int) and beams > 1 else 1)]
+
+        def with_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": names}
+
+        handles = [layer.register_forward_pre_hook(with_names, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """A new adapter that is the weighted sum of others, exactly: adapters with equal places and orders.
+
+        Raises ValueError for adapters whose coefficients sit elsewhere or in another order, whose sum is no S2FT
+        adapter: `set_adapter` with several names adds their changes, and on grids a LoRA holds the sum.
+        """
+        if len(adapters) != len(weights) or not adapters:
+            raise ValueError(f"{len(weights)} weights for the adapters {list(adapters)}.")
+        if unknown := sorted(set(adapters) - set(self.peft_config)):
+            raise ValueError(f"There is no adapter named {unknown[0]!r}; the model has {sorted(self.peft_config)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter named {adapter_name!r} already.")
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, S2FTLayer)}
+        sums: dict[str, dict[str, torch.Tensor]] = {}
+        for name, layer in layers.items():
+            states = [layer.s2ft_delta[a].state_dict() if a in layer.s2ft_delta else None for a in adapters]
+            if all(state is None for state in states):
+                continue
+            first = states[0]
+            for adapter, state in zip(adapters, states, strict=True):
+                same = first is not None and state is not None and first.keys() == state.keys()
+                if not same or any(not torch.equal(first[k], state[k]) for k in first if k != "coefficients"):
+                    raise ValueError(
+                        f"{adapters[0]!r} and {adapter!r} differ in more than their coefficients at {name}: their sum "
+                        "is no S2FT adapter. Activate both, or save them as one LoRA."
+                    )
+            scaling = self.peft_config[adapters[0]].scaling
+            total = sum(
+                weight * self.peft_config[adapter].scaling / scaling * state["coefficients"]
+                for adapter, weight, state in zip(adapters, weights, states, strict=True)
+            )
+            sums[name] = {**first, "coefficients": total}
+        active = list(self.active_adapters)
+        self.peft_config[adapter_name] = replace(self.peft_config[adapters[0]])
+        self.inject_adapter(self.model, adapter_name)
+        for name, state in sums.items():
+            layers[name].take_state(adapter_name, {key: value.clone() for key, value in state.items()})
+        self.set_adapter(active)
 
     def _post_injection_hook(self, model: nn.Module, config: S2FTConfig, adapter_name: str) -> None:
         _guard_fuse_qkv_projections(type(model))

@@ -57,11 +57,13 @@ def test_pictures_of_a_layer(adapters) -> None:
     weights, config = inspection.weights_of(read_adapter(path), name)
     latent, delta = inspection.latent_and_delta(weights, config)
     assert sorted(latent.abs().flatten().tolist()) == sorted(delta.abs().flatten().tolist())
-    assert f"{len(weights.positions):,} positions" in pictures[0][1]
+    assert f"{weights.coefficients.numel():,} numbers" in pictures[0][1]
     # a pixel that is not white for every position and its mirror, and for nothing else
     plane = np.asarray(pictures[0][0]).min(axis=2)
     d, k = weights.shape
-    taken = {(u, v) for u, v in weights.positions.tolist()} | {(-u % d, -v % k) for u, v in weights.positions.tolist()}
+    frequencies = ((functions + 1) // 2 for functions in (weights.row_functions, weights.column_functions))
+    us, vs = ({x for f in found.tolist() for x in (f, -f % n)} for found, n in zip(frequencies, (d, k), strict=True))
+    taken = {(u, v) for u in us for v in vs}
     scale = plane.shape[0] / d
     rows, columns = np.meshgrid(np.arange(d), np.arange(k), indexing="ij")
     samples = plane[((rows + 0.5) * scale).astype(int), ((columns + 0.5) * scale).astype(int)]
