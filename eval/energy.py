@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from s2ft_diffusion.tuner.basis import fourier_transform
+from s2ft_diffusion.tuner.grid import Grid
 from s2ft_diffusion.tuner.rearrange import Rearrangement, path_length
 from s2ft_diffusion.tuner.spectrum import CoefficientKind, half_plane
 
@@ -37,6 +39,16 @@ def share_reached(
     rows = torch.where(mirrored, torch.minimum(rows, -rows % latent.shape[0]), rows)
     places = (rows * (latent.shape[1] // 2 + 1) + columns).unique()
     return float(cosine_energy(latent, kind).flatten()[places].sum())
+
+
+def share_on_grid(weight: torch.Tensor, grid: Grid, rearrangement: Rearrangement) -> float:
+    """The share of a weight change's energy that the trained places of a grid can reach, best chosen."""
+    latent = rearrangement.invert(weight).double()
+    table = fourier_transform(fourier_transform(latent, 0), 1)[grid.row_functions.long()][
+        :, grid.column_functions.long()
+    ]
+    found = table.flatten() if grid.places is None else table.flatten()[grid.places.long()]
+    return float(found.square().sum() / latent.square().sum())
 
 
 def reconstruction_error(latent: torch.Tensor, shares: torch.Tensor, kind: CoefficientKind) -> torch.Tensor:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from s2ft_diffusion.adapters.file import Adapter
+from s2ft_diffusion.adapters.file import Adapter, GridWeights
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import InputError
@@ -29,7 +29,6 @@ from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 from s2ft_diffusion.tuner.config import S2FTConfig
-from s2ft_diffusion.tuner.spectrum import delta_weight
 
 from . import energy
 from .constructions import PRIORS, Construction, constructions
@@ -191,11 +190,9 @@ def _describe_layer(
     construction: Construction, truth: torch.Tensor, prior: torch.Tensor, layer: str, n_frequency: int | float
 ) -> dict[str, Any]:
     rearrangement = construction.rearrangement(prior, layer)
-    latent, kind = rearrangement.invert(truth), construction.config.coefficients
+    latent = rearrangement.invert(truth)
     reached = {
-        sampling: energy.share_reached(
-            truth, construction.positions(prior, rearrangement, layer, sampling, n_frequency), rearrangement, kind
-        )
+        sampling: construction.share_reached(truth, prior, rearrangement, layer, sampling, n_frequency)
         for sampling in ("power", "top")
     }
     return {
@@ -224,11 +221,11 @@ def describe_adapter(adapter: Adapter, truth: Mapping[str, torch.Tensor]) -> dic
     check_targets(adapter, truth)
     reached, likeness = [], []
     for name, layer in adapter.layers.get("unet", {}).items():
-        kind = "complex" if layer.coefficients.ndim == 2 else "real"
-        reached.append(energy.share_reached(truth[name], layer.positions, layer.rearrangement, kind))
-        norm = adapter.configs["unet"].norm
-        change = delta_weight(layer.coefficients.float(), layer.positions, layer.rearrangement, norm)
-        likeness.append(_cosine(change, truth[name]))
+        if isinstance(layer, GridWeights):
+            reached.append(energy.share_on_grid(truth[name], layer.grid, layer.rearrangement))
+        else:
+            reached.append(energy.share_reached(truth[name], layer.positions, layer.rearrangement, layer.kind))
+        likeness.append(_cosine(layer.delta(), truth[name]))
     return {"reached": statistics.fmean(reached), "cosine": statistics.fmean(likeness)}
 
 

@@ -95,6 +95,7 @@ def test_constructions_go_from_the_paper_to_the_default() -> None:
 
     built = {c.name: c.config for c in constructions()}
     assert built["paper: nearest neighbour, real"] == S2FTConfig.from_preset("paper")
-    default = S2FTConfig.from_preset("default")
-    assert built["default: + γ = 2"] == default
-    assert replace(built["+ prior of 48 steps of full fine-tuning"], gamma=2.0) == default
+    free = S2FTConfig.from_preset("default", positions="free")
+    assert built["+ γ = 2"] == free
+    assert replace(built["+ prior of 48 steps of full fine-tuning"], gamma=2.0) == free
+    assert built["default: on a grid"] == S2FTConfig.from_preset("default")

@@ -42,9 +42,8 @@ def test_compiled_block_samples_and_trains(pipe) -> None:
     coefficients = [p for n, p in block.named_parameters() if "coefficients" in n]
     with torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(
-                compiled(hidden, encoder_hidden_states=context), block(hidden, encoder_hidden_states=context)
-            )
+            found, wanted = (f(hidden, encoder_hidden_states=context) for f in (compiled, block))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
             for parameter in coefficients:
                 parameter.mul_(2)  # a graph that had taken them as constants would go on as before
     gradients = [
@@ -93,7 +92,7 @@ def test_what_cannot_be_swapped_changes_nothing(pipe, folder, tmp_path) -> None:
     config = S2FTConfig(target_modules=attention_targets(pipe.unet), n_frequency=200, init_weights=False)
     pipe.unet.add_adapter(config, "fewer")
     before = state(pipe)
-    with pytest.raises(ValueError, match=r"coefficients \(150, 2\).*the place \(100, 2\)"):
+    with pytest.raises(ValueError, match=r"coefficients \(17, 17\) on a grid.*the place coefficients \(14, 14\)"):
         pipe.load_s2ft_weights(path, adapter_name="fewer", hotswap=True)
     assert same_state(pipe, before)
     pipe.unload_s2ft_weights()
