@@ -40,7 +40,8 @@ def test_push_and_load(photos, tmp_path) -> None:
         output = tmp_path / "out"
         said = run(
             "train_dreambooth_s2ft.py", "--pretrained_model_name_or_path", "toybox", "--instance_dir", str(photos),
-            "--output_dir", str(output), "--n_frequency", "40", "--estimate_draws", "1", "--max_train_steps", "2",
+            "--output_dir", str(output), "--targets", "qv", "--n_frequency", "40", "--estimate_draws", "1",
+            "--max_train_steps", "2",
             "--report_to", "none", "--validation_prompt", "a photo of sks dog", "--num_validation_images", "1",
             "--push_to_hub", "--hub_model_id", "someone/dog", "--hub_token", "hf_secret",
         )  # fmt: skip

@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS
 def arguments(photos: Path, output: Path, *more: str) -> list[str]:
     return [
         "--pretrained_model_name_or_path", "toybox", "--instance_dir", str(photos), "--output_dir", str(output),
-        "--n_frequency", "200", "--estimate_draws", "1", "--report_to", "none", *more,
+        "--targets", "qv", "--n_frequency", "200", "--estimate_draws", "1", "--report_to", "none", *more,
     ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_end_to_end(photos, tmp_path, pipe) -> None:
                  "save: ", "pipe.load_s2ft_weights("):  # fmt: skip
         assert line in done.stdout
     adapter = read_adapter(output / WEIGHTS_NAME)
-    assert adapter.trainable == 28 * 200
+    assert adapter.trainable == 28 * 14 * 14
     assert adapter.info.instance_prompt == "a photo of sks my dog"
     assert adapter.info.date == "2023-11-14"
     assert (adapter.info.subject, adapter.info.class_name) == ("my dog", "my dog")
@@ -146,7 +146,7 @@ def test_control_c_saves_a_checkpoint(photos, tmp_path) -> None:
     assert child.returncode == 130
     assert "--resume_from_checkpoint latest" in errors
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
-    assert read_adapter(checkpoint / WEIGHTS_NAME).trainable == 28 * 200
+    assert read_adapter(checkpoint / WEIGHTS_NAME).trainable == 28 * 14 * 14
 
 
 def test_two_processes_equal_one(photos, tmp_path) -> None:
@@ -323,7 +323,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypa
     monkeypatch.setattr(recipe, "DiffusionLoss", Breaking)
     with pytest.raises(recipe.Diverged, match=r"not finite at step 5.*checkpoint-4"):
         train_here(photos, tmp_path / "out", "--max_train_steps", "9", "--checkpointing_steps", "2")
-    assert read_adapter(tmp_path / "out" / "checkpoint-4" / WEIGHTS_NAME).trainable == 28 * 200
+    assert read_adapter(tmp_path / "out" / "checkpoint-4" / WEIGHTS_NAME).trainable == 28 * 14 * 14
     assert not (tmp_path / "out" / WEIGHTS_NAME).exists()
 
 

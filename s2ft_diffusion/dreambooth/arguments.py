@@ -96,9 +96,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("S2FT").add_argument
     add("--preset", choices=tuple(PRESETS), default="default", help="where the options below start from")
-    add("--targets", choices=TARGETS, default="qv", help="query and value, attention, transformer blocks, or all")
+    add(
+        "--targets",
+        choices=TARGETS,
+        help="layers: qv, attention, blocks, or all, which is the default; the preset paper's is qv",
+    )
     add("--train_text_encoder", action="store_true", help="adapt the text encoder's projections too")
-    add("--n_frequency", type=amount, help="real trainable numbers a layer: a count, or a share below 1 such as 0.02")
+    add(
+        "--n_frequency",
+        type=amount,
+        help="real trainable numbers a layer: a count, or a share below 1; by default 2000 for all, 8000 for qv",
+    )
     add("--positions", choices=("grid", "free"), help="coefficients on a grid of frequencies, or anywhere (the paper)")
     add("--oversampling", type=int, help="on a grid, places for each trained number; 1 trains all places")
     add("--scaling", type=float, help="the factor alpha of the weight change")
@@ -199,7 +207,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             args.random_flip,
         ),
         classes=classes,
-        adapter=AdapterSettings(args.preset, args.targets, args.train_text_encoder, options),
+        adapter=AdapterSettings.of(args.preset, args.targets, args.train_text_encoder, options),
         estimate=EstimateSettings(args.estimate, args.estimate_draws),
         loss=LossSettings(args.snr_gamma),
         length=LengthSettings(

@@ -20,6 +20,9 @@ DEFAULT_STEPS = 500
 LEARNING_RATE = 1e-3  # what measured best on the embedded base, for both presets: docs/learning-rate.md
 ESTIMATES: dict[str, Estimate] = {"default": "full", "paper": "gradient"}  # docs/evaluation.md
 ESTIMATE_DRAWS = 8  # for "gradient" and "normalized"
+PRESET_TARGETS: dict[str, Targets] = {"default": "all", "paper": "qv"}
+# Real trainable numbers a layer: about half a million in all on Stable Diffusion 1.5, whichever layers they are.
+NUMBERS: dict[Targets, int] = {"qv": 8000, "attention": 4000, "blocks": 3200, "all": 2000}
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,19 @@ class AdapterSettings:
     """Which layers are adapted and how: `options` are fields of `S2FTConfig` on top of the preset's."""
 
     preset: str = "default"
-    targets: Targets = "qv"
+    targets: Targets = "all"
     train_text_encoder: bool = False
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def of(
+        cls, preset: str, targets: Targets | None, train_text_encoder: bool, options: Mapping[str, Any]
+    ) -> AdapterSettings:
+        """What is not given is the preset's: the layers, and how many numbers each has."""
+        targets = targets or PRESET_TARGETS[preset]
+        if preset == "default":
+            options = {"n_frequency": NUMBERS[targets], **options}
+        return cls(preset, targets, train_text_encoder, options)
 
     def config(self, target_modules: list[str], seed: int) -> S2FTConfig:
         """The config for these layers; raises ValueError for options that cannot be."""
