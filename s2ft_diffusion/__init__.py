@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import toybox
+    from .adapters import convert
     from .adapters.file import AdapterFileError, AdapterHeader, AdapterInfo, read_adapter, read_header, write_adapter
     from .pipelines import verbs as pipeline
     from .pipelines.targets import attention_targets
@@ -38,6 +39,7 @@ __all__ = [
     "S2FTModel",
     "SpectralDelta",
     "attention_targets",
+    "convert",
     "estimate_prior",
     "initialize_s2ft_weights",
     "pipeline",
@@ -60,7 +62,7 @@ _HOMES = {
     "tuner.prior": ("estimate_prior", "initialize_s2ft_weights", "place_from_prior"),
     "tuner.rearrange": ("Rearrangement",),
 }  # fmt: skip
-_MODULES = {"pipeline": "pipelines.verbs", "toybox": "toybox"}
+_MODULES = {"convert": "adapters.convert", "pipeline": "pipelines.verbs", "toybox": "toybox"}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 

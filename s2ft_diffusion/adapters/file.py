@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ..tuner.config import S2FTConfig
-from ..tuner.layer import S2FTLayer
+from ..tuner.layer import S2FTConv, S2FTLayer
 from ..tuner.prior import s2ft_layers
 from .format import DTYPES, FORMAT_VERSION, encode_layer, stored_coefficients
 from .names import canonical_name
@@ -85,7 +85,7 @@ def collect_adapter(components: Mapping[str, nn.Module], adapter_name: str, info
 
     Raises ValueError if no component has it, and for one with `modules_to_save`, which the file has no place for.
     """
-    configs, layers = {}, {}
+    configs, layers, kernels = {}, {}, {}
     for component, model in components.items():
         found = s2ft_layers(model, adapter_name)
         if found:
@@ -98,9 +98,14 @@ def collect_adapter(components: Mapping[str, nn.Module], adapter_name: str, info
             layers[component] = {
                 canonical_name(component, name): _collect_layer(layer, adapter_name) for name, layer in found.items()
             }
+            kernels[component] = {
+                canonical_name(component, name): tuple(layer.get_base_layer().kernel_size)
+                for name, layer in found.items()
+                if isinstance(layer, S2FTConv)
+            }
     if not layers:
         raise ValueError(f"No component has an S2FT adapter named {adapter_name!r}.")
-    return Adapter(configs, layers, info or AdapterInfo())
+    return Adapter(configs, layers, info or AdapterInfo(), kernels)
 
 
 def _collect_layer(layer: S2FTLayer, adapter_name: str) -> LayerWeights:
@@ -143,7 +148,10 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float
     shapes = {c: {name: list(layer.shape) for name, layer in layers.items()} for c, layers in adapter.layers.items()}
     info = adapter.info.to_json()
     info.setdefault("date", datetime.now(UTC).isoformat(timespec="seconds"))
-    header = {"format_version": FORMAT_VERSION, "dtype": dtype, "config": configs, "shapes": shapes, "info": info}
+    header = {
+        "format_version": FORMAT_VERSION, "dtype": dtype, "config": configs, "shapes": shapes, "info": info,
+        "kernels": adapter.kernels,
+    }  # fmt: skip
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

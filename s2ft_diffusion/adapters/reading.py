@@ -73,11 +73,14 @@ class Adapter:
     """An adapter apart from any model: configs and layers by component, and what is known about it.
 
     A config has the `CONFIG_FIELDS` as attributes: an `S2FTConfig`, or a `StoredConfig` where PEFT is not wanted.
+    `kernels` are the kernel sizes of convolutions, which a LoRA of them needs; a component that is not there is of a
+    file that does not say which of its layers are convolutions.
     """
 
     configs: dict[str, Any]
     layers: dict[str, dict[str, LayerWeights]]
     info: AdapterInfo = field(default_factory=AdapterInfo)
+    kernels: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -166,7 +169,11 @@ def read_stored(path: str | os.PathLike, make_config: Callable[..., Any] = Store
                     raise AdapterFileError(f"{path}: {prefix}: {error}") from None
                 # Interned: a hundred adapters of a base have the same names.
                 adapted[component][sys.intern(canonical_name(component, name))] = layer
-    return Adapter(configs, adapted, info)
+    kernels = {
+        component: {canonical_name(component, name): tuple(kernel) for name, kernel in found.items()}
+        for component, found in header.get("kernels", {}).items()
+    }
+    return Adapter(configs, adapted, info, kernels)
 
 
 def _open(path: str | os.PathLike) -> safe_open:
@@ -201,6 +208,12 @@ def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict
             for name, shape in shapes.items():
                 if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
                     raise ValueError(f"{component}.{name} has shape {shape}")
+        for component, kernels in header.get("kernels", {}).items():
+            for name, kernel in kernels.items():
+                columns = header["shapes"][component][name][1]
+                whole = 1 <= len(kernel) <= 3 and all(type(n) is int and n > 0 for n in kernel)
+                if not whole or columns % math.prod(kernel):
+                    raise ValueError(f"{component}.{name} has a kernel {kernel} and {columns} columns")
     except AdapterFileError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,7 +20,9 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
 from torch import nn
 
-from ..adapters.file import WEIGHTS_NAME, AdapterInfo, adapter_from_peft, collect_adapter, write_adapter
+from ..adapters.convert import export
+from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, adapter_from_peft, collect_adapter, write_adapter
+from ..adapters.lora_files import LORA_NAME
 from ..adapters.names import module_name
 from ..tuner.config import S2FTConfig
 from ..tuner.layer import S2FTLayer
@@ -114,16 +116,7 @@ def save_s2ft_weights(
     `dtype` is that of the stored coefficients, "float32", "float16", "bfloat16" or "int8"; how much that changes the
     weight change is logged. Raises ValueError for an unknown type, and for an unknown or ambiguous name.
     """
-    components = adaptable_components(self)
-    names = s2ft_adapters(self)
-    if adapter_name is None:
-        if len(names) != 1:
-            raise ValueError(f"Say which adapter to save with adapter_name: the pipeline has {names}.")
-        adapter_name = names[0]
-    for model in components.values():
-        info = info or adapter_info(model, adapter_name)
-    with _offloading_paused(self):
-        adapter = collect_adapter(components, adapter_name, info)
+    adapter = _collect(self, adapter_name, info)
     Path(save_directory).mkdir(parents=True, exist_ok=True)
     path = Path(save_directory) / weight_name
     written = write_adapter(path, adapter, dtype)
@@ -131,6 +124,46 @@ def save_s2ft_weights(
         "%s: %d bytes; %s changes the weight change by %.2g", path, written.bytes, dtype, written.relative_error
     )
     return path
+
+
+def save_s2ft_as_lora(
+    self: DiffusionPipeline,
+    save_directory: str | os.PathLike,
+    adapter_name: str | None = None,
+    *,
+    to: Literal["lora", "peft", "kohya", "comfyui"] = "lora",
+    dtype: str = "float16",
+    rank: int | None = None,
+    error: float | None = None,
+    weight_name: str = LORA_NAME,
+) -> Path:
+    """Write an adapter as a LoRA for programs that do not know S2FT; returns the file's path, or the folder of "peft".
+
+    `to` says in whose names: diffusers' own ("lora": `load_lora_weights(save_directory)`), PEFT's, kohya's (A1111,
+    Forge) or ComfyUI's; `dtype` the type of its numbers. On a grid the LoRA is exact but for rounding; at free
+    positions it is the nearest of a `rank`, or of the smallest rank with at most a relative `error` in every layer, and
+    one of them is needed. The error is logged. `adapter_name` is as in `save_s2ft_weights`. Raises ValueError for
+    unknown words and for a layer that the format has no name for.
+    """
+    adapter = _collect(self, adapter_name, None)
+    path = Path(save_directory) if to == "peft" else Path(save_directory) / weight_name
+    written = export(adapter, path, to=to, dtype=dtype, rank=rank, error=error)
+    logger.info("%s: %d bytes; relative error %.2g", path, written.bytes, written.relative_error)
+    return path
+
+
+def _collect(pipeline: DiffusionPipeline, adapter_name: str | None, info: AdapterInfo | None) -> Adapter:
+    """An adapter of a pipeline apart from it, by default the only one, with what it was loaded with as its info."""
+    components = adaptable_components(pipeline)
+    names = s2ft_adapters(pipeline)
+    if adapter_name is None:
+        if len(names) != 1:
+            raise ValueError(f"Say which adapter to save with adapter_name: the pipeline has {names}.")
+        adapter_name = names[0]
+    for model in components.values():
+        info = info or adapter_info(model, adapter_name)
+    with _offloading_paused(pipeline):
+        return collect_adapter(components, adapter_name, info)
 
 
 def unload_s2ft_weights(self: DiffusionPipeline) -> None:
@@ -255,7 +288,7 @@ def _s2ft_chains(model: nn.Module) -> dict[str, list[S2FTLayer]]:
     return chains
 
 
-VERBS = (load_s2ft_weights, save_s2ft_weights, unload_s2ft_weights, fuse_s2ft, unfuse_s2ft)
+VERBS = (load_s2ft_weights, save_s2ft_weights, save_s2ft_as_lora, unload_s2ft_weights, fuse_s2ft, unfuse_s2ft)
 
 
 def install() -> None:
