@@ -1,0 +1,187 @@
+"""Fine-tune a vision transformer on an image data set in VTAB-1k's protocol (S2FT's Tables 1 and 2).
+
+    python examples/image_classification.py --dataset_name cifar100 --output_dir out/cifar100
+    python examples/image_classification.py --image_folder photos --output_dir out/photos
+
+An image folder has a folder for each class, within "train" and "test" or by itself. By default 1,000 training images,
+AdamW with a cosine schedule, 100 epochs with 10 of warm-up, and a score on the test split at the end; --tune scores a
+fifth of the training images instead, which is what a rate is to be chosen by. The head is trained whole. All flags of
+transformers' TrainingArguments count too. Runs under `accelerate launch` and `torchrun` as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from finetuning import HeadTrainer, MethodArguments, adapt, head_names, need_columns, parse, readable, report, train
+from torchvision.transforms import v2
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    EvalPrediction,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.process import exit_codes
+
+
+@dataclass
+class Arguments:
+    """Model and data."""
+
+    model_name_or_path: str = "google/vit-base-patch16-224-in21k"
+    dataset_name: str | None = field(default=None, metadata={"help": "a data set of the hub, or a local one's path"})
+    dataset_config: str | None = None
+    image_folder: str | None = field(default=None, metadata={"help": "a folder of class folders, instead"})
+    image_column: str | None = field(default=None, metadata={"help": "by default the first column of images"})
+    label_column: str | None = field(default=None, metadata={"help": "by default the first column of classes"})
+    train_split: str = "train"
+    test_split: str | None = field(default=None, metadata={"help": "by default test, else validation"})
+    train_samples: int = field(default=1000, metadata={"help": "training images, drawn by --seed; 0 for all"})
+    test_samples: int = field(default=0, metadata={"help": "test images; 0 for all"})
+    tune: bool = field(default=False, metadata={"help": "score a fifth of the training images, not the test split"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "other than the model's; positions are interpolated"}
+    )
+    augment: bool = field(default=False, metadata={"help": "random crops and flips (VTAB-1k has none)"})
+
+
+def load_images(args: Arguments, seed: int) -> DatasetDict:
+    """Splits "train" and "test" with columns "image" and "label"; raises InputError for what is missing."""
+    if (args.dataset_name is None) == (args.image_folder is None):
+        raise InputError("Give either --dataset_name or --image_folder.")
+    with readable(args.dataset_name or args.image_folder):
+        if args.image_folder is not None:
+            data = load_dataset("imagefolder", data_dir=args.image_folder)
+        else:
+            data = load_dataset(args.dataset_name, args.dataset_config)
+    return choose(data, args, seed)
+
+
+def choose(data: DatasetDict, args: Arguments, seed: int) -> DatasetDict:
+    """The splits, columns and numbers of images that are asked for."""
+    if args.train_split not in data:
+        raise InputError(f"There is no split {args.train_split!r}; there are {', '.join(data)}.")
+    training = data[args.train_split]
+    features = training.features
+    images = args.image_column or next((name for name, kind in features.items() if isinstance(kind, Image)), "image")
+    labels = args.label_column or next(
+        (name for name, kind in features.items() if isinstance(kind, ClassLabel)), "label"
+    )
+    need_columns(list(features), images, labels)
+    if args.train_samples:
+        training = drawn(training, args.train_samples, seed)
+    if args.tune:
+        held_out = training.train_test_split(test_size=0.2, seed=seed)
+        training, test = held_out["train"], held_out["test"]
+    else:
+        split = args.test_split or next((name for name in ("test", "validation") if name in data), None)
+        if split not in data:
+            raise InputError(
+                f"There is no split {split or 'test'!r} to score; there are {', '.join(data)}. Give --tune."
+            )
+        test = drawn(data[split], args.test_samples, 0) if args.test_samples else data[split]
+    chosen = DatasetDict(train=training, test=test).select_columns([images, labels])
+    chosen = chosen.rename_columns({old: new for old, new in ((images, "image"), (labels, "label")) if old != new})
+    for name, part in chosen.items():
+        missing = [number for number, label in enumerate(part["label"]) if label is None or label == -1]
+        if missing:
+            raise InputError(f"Image {missing[0] + 1} of the {name} split has no label.")
+    if not isinstance(chosen["train"].features["label"], ClassLabel):
+        chosen = chosen.class_encode_column("label")
+    if len(set(chosen["train"]["label"])) < 2:
+        raise InputError("The training images have one class alone.")
+    return chosen
+
+
+def drawn(data: Dataset, count: int, seed: int) -> Dataset:
+    """That many rows of a data set, without replacement."""
+    return data.shuffle(seed=seed).select(range(min(count, len(data))))
+
+
+def transforms(processor: BaseImageProcessor, size: int | None, *, augment: bool) -> tuple[v2.Compose, int]:
+    """From a PIL picture to what the model reads, as its processor says; and the size in pixels."""
+    side = size or processor.size.get("height") or processor.size.get("shortest_edge")
+    random = [v2.RandomResizedCrop(side, scale=(0.5, 1.0)), v2.RandomHorizontalFlip()]
+    resized = random if augment else [v2.Resize((side, side))]
+    normalized = v2.Normalize(processor.image_mean, processor.image_std)
+    return v2.Compose([v2.RGB(), *resized, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalized]), side
+
+
+def reader(transform: Callable[[Any], torch.Tensor]) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
+    """Rows with pictures to rows with pixels, as they are asked for."""
+    return lambda rows: {"pixel_values": [transform(image) for image in rows["image"]], "labels": rows["label"]}
+
+
+def prepare_position_embeddings(model: PreTrainedModel, side: int) -> dict[str, Any]:
+    """What a batch must say besides pixels for a model made for another size of picture."""
+    parameters = inspect.signature(model.forward).parameters
+    other = side != getattr(model.config, "image_size", side)
+    return {"interpolate_pos_encoding": True} if other and "interpolate_pos_encoding" in parameters else {}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train and evaluate; returns what is written to results.json."""
+    args, method, training = parse(
+        (Arguments, MethodArguments, TrainingArguments),
+        argv,
+        n_frequency=3000, learning_rate=3e-3, num_train_epochs=100, warmup_steps=0.1, lr_scheduler_type="cosine",
+        per_device_train_batch_size=32, per_device_eval_batch_size=64, eval_strategy="no", save_strategy="epoch",
+        logging_strategy="epoch", save_total_limit=1, ddp_broadcast_buffers=False, ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    training.remove_unused_columns = False  # pictures become pixels as batches are made
+    set_seed(training.seed)
+    with training.main_process_first(desc="data"):
+        data = load_images(args, training.seed)
+    names = data["train"].features["label"].names
+    with readable(args.model_name_or_path):
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        model = AutoModelForImageClassification.from_pretrained(
+            args.model_name_or_path,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: number for number, name in enumerate(names)},
+            ignore_mismatched_sizes=True,
+        )
+    plain, side = transforms(processor, args.image_size, augment=False)
+    random, _ = transforms(processor, args.image_size, augment=args.augment)
+    also = prepare_position_embeddings(model, side)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows]), **also}
+
+    def measure(predictions: EvalPrediction) -> dict[str, float]:
+        return {"accuracy": float((np.argmax(predictions.predictions, axis=-1) == predictions.label_ids).mean())}
+
+    heads = head_names(model)
+    trainer = HeadTrainer(
+        adapt(model, method, seed=training.seed, heads=heads),
+        training,
+        train_dataset=data["train"].with_transform(reader(random)),
+        eval_dataset=data["test"].with_transform(reader(plain)),
+        processing_class=processor,
+        data_collator=collate,
+        compute_metrics=measure,
+        heads=heads,
+        head_learning_rate=method.head_learning_rate,
+    )
+    facts = train(trainer, method)
+    facts["metrics"] = trainer.evaluate(metric_key_prefix="validation" if args.tune else "test")
+    source = args.dataset_name or args.image_folder
+    return report(trainer, {"dataset": source, "model": args.model_name_or_path, "image_size": side, **facts})
+
+
+if __name__ == "__main__":
+    with exit_codes("image_classification.py"):
+        main()

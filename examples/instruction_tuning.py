@@ -1,0 +1,185 @@
+"""Fine-tune a causal language model to follow instructions (S2FT's Table 5), the loss on answers alone.
+
+    python examples/instruction_tuning.py --dataset_name tatsu-lab/alpaca --output_dir out/alpaca
+    python examples/instruction_tuning.py --train_file chats.jsonl --questions vicuna.jsonl --output_dir out/mine
+
+Rows have Alpaca's columns (instruction, input, output), chat messages, or a prompt and a completion. Of a chat every
+answer counts, each after all that was said before it. --packing puts several rows into one sequence, --load_in_4bit
+quantises the base. All flags of TRL's SFTConfig count too. Runs under `accelerate launch` and `torchrun` as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from finetuning import MethodArguments, adapt, need_columns, parse, readable, report, train
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.process import exit_codes
+
+ANSWERS_NAME = "answers.jsonl"
+
+
+@dataclass
+class Arguments:
+    """Model and data."""
+
+    model_name_or_path: str = "meta-llama/Llama-2-7b-hf"
+    gguf_file: str | None = field(default=None, metadata={"help": "a GGUF file in the model's folder"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "quantise the base (needs bitsandbytes)"})
+    dataset_name: str | None = field(default=None, metadata={"help": "a data set of the hub, or a local one's path"})
+    train_file: str | None = field(default=None, metadata={"help": "JSON or JSON Lines, instead"})
+    validation_file: str | None = field(default=None, metadata={"help": "JSON or JSON Lines for the perplexity"})
+    validation_share: float = field(default=0.05, metadata={"help": "of the rows, where there is no such file"})
+    max_train_samples: int | None = None
+    questions: str | None = field(default=None, metadata={"help": "JSON Lines with text or turns, answered at the end"})
+    max_new_tokens: int = 512
+
+
+def load_rows(args: Arguments, seed: int) -> DatasetDict:
+    """Splits "train" and "validation" as the files have them; raises InputError for what is missing."""
+    if (args.dataset_name is None) == (args.train_file is None):
+        raise InputError("Give either --dataset_name or --train_file.")
+    with readable(args.dataset_name or args.train_file):
+        if args.dataset_name is not None:
+            data = load_dataset(args.dataset_name)
+        else:
+            files = {"train": args.train_file, "validation": args.validation_file}
+            data = load_dataset("json", data_files={name: path for name, path in files.items() if path is not None})
+    if "train" not in data:
+        raise InputError(f"There is no split 'train'; there are {', '.join(data)}.")
+    if "validation" not in data:
+        with readable("--validation_share"):
+            parts = data["train"].train_test_split(test_size=args.validation_share, seed=seed)
+        data = DatasetDict(train=parts["train"], validation=parts["test"])
+    if args.max_train_samples is not None:
+        data["train"] = data["train"].select(range(min(args.max_train_samples, len(data["train"]))))
+    return DatasetDict({name: data[name] for name in ("train", "validation")})
+
+
+def examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
+    """Prompts with completions: as chat messages where the tokenizer has a template for them, else as text."""
+    columns = rows.column_names
+    for number, row in enumerate(rows):
+        if "messages" in columns:
+            messages = [{key: turn.get(key) for key in ("role", "content")} for turn in row["messages"] or []]
+            answers = [place for place, turn in enumerate(messages) if turn["role"] == "assistant" and place > 0]
+        elif "completion" in columns:
+            messages, answers = exchange(row["prompt"], row["completion"]), [1]
+        else:
+            question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+            messages, answers = exchange(question, row["output"]), [1]
+        if not answers or any(not turn["content"] for turn in messages):
+            raise InputError(f"Row {number + 1} has no answer, or an empty text.")
+        for place in answers:
+            if tokenizer.chat_template:
+                yield {"prompt": messages[:place], "completion": [messages[place]]}
+            else:
+                yield {"prompt": as_text(messages[:place]), "completion": f" {messages[place]['content']}"}
+
+
+def exchange(question: str, answer: str) -> list[dict[str, str]]:
+    """A question and its answer as chat messages."""
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def as_text(messages: Sequence[dict[str, str]]) -> str:
+    """Chat messages for a model without a chat template, up to where the answer is to begin."""
+    headings = {"system": "System", "user": "Instruction", "assistant": "Response"}
+    turns = [f"### {headings.get(turn['role'], turn['role'])}:\n{turn['content']}\n\n" for turn in messages]
+    return "".join([*turns, "### Response:\n"])
+
+
+def read_questions(path: str) -> list[dict[str, Any]]:
+    """The lines of a file of questions, MT-Bench's or Vicuna's; raises InputError for one without a question."""
+    with readable(path):
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, line in enumerate(lines):
+        if not (line.get("text") or line.get("turns")):
+            raise InputError(f"{path}: line {number + 1} has neither text nor turns.")
+    return lines
+
+
+@torch.no_grad()
+def answer(trainer: SFTTrainer, questions: list[dict[str, Any]], path: Path, max_new_tokens: int) -> None:
+    """Write every question's answers, turn after turn, the likeliest word each time."""
+    model, tokenizer = trainer.model.eval(), trainer.processing_class
+    with path.open("w", encoding="utf-8") as lines:
+        for question in tqdm(questions, desc="answers"):
+            messages: list[dict[str, str]] = []
+            for turn in question.get("turns") or [question["text"]]:
+                messages.append({"role": "user", "content": turn})
+                if tokenizer.chat_template:
+                    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                else:
+                    text = as_text(messages)
+                tokens = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+                tokens = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
+                made = model.generate(
+                    **tokens, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                )[0, tokens["input_ids"].shape[1] :]
+                messages.append({"role": "assistant", "content": tokenizer.decode(made, skip_special_tokens=True)})
+            answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+            lines.write(json.dumps({**question, "answers": answers}, ensure_ascii=False) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate and answer; returns what is written to results.json."""
+    args, method, training = parse(
+        (Arguments, MethodArguments, SFTConfig),
+        argv,
+        learning_rate=3e-3, num_train_epochs=1, per_device_train_batch_size=4, warmup_steps=0.06, max_length=512,
+        lr_scheduler_type="cosine", eval_strategy="no", save_strategy="steps", save_total_limit=1,
+        ddp_broadcast_buffers=False, ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    training.completion_only_loss = True
+    set_seed(training.seed)
+    questions = read_questions(args.questions) if args.questions else []
+    with training.main_process_first(desc="data"):
+        data = load_rows(args, training.seed)
+    for split in data.values():
+        wanted = {"messages": ("messages",), "completion": ("prompt", "completion")}
+        kind = next((name for name in wanted if name in split.column_names), None)
+        need_columns(split.column_names, *wanted.get(kind, ("instruction", "output")))
+    if args.load_in_4bit and (method.method == "full" or not torch.cuda.is_available()):
+        raise InputError("--load_in_4bit needs a GPU, and a method other than full.")
+    dtype = torch.bfloat16 if training.bf16 and method.method != "full" else torch.float32
+    more: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    with readable(args.model_name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **more)
+        if args.load_in_4bit:
+            more["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype, **more)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    with training.main_process_first(desc="examples"):
+        data = DatasetDict({name: Dataset.from_list(list(examples(rows, tokenizer))) for name, rows in data.items()})
+    trainer = SFTTrainer(
+        adapt(model, method, seed=training.seed),
+        training,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=tokenizer,
+    )
+    facts = train(trainer, method)
+    facts["metrics"] = trainer.evaluate()
+    facts["metrics"]["eval_perplexity"] = math.exp(facts["metrics"]["eval_loss"])
+    if questions and trainer.is_world_process_zero():
+        answer(trainer, questions, Path(training.output_dir) / ANSWERS_NAME, args.max_new_tokens)
+    return report(trainer, {"dataset": args.dataset_name or args.train_file, "model": args.model_name_or_path, **facts})
+
+
+if __name__ == "__main__":
+    with exit_codes("instruction_tuning.py"):
+        main()

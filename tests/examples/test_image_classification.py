@@ -1,0 +1,80 @@
+"""examples/image_classification.py, end to end on a tiny vision transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import image_classification
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from s2ft_diffusion.dreambooth.process import exit_codes
+from tests.examples.conftest import quick
+
+
+def flags(vit: str, pictures: Path, output: Path, *more: str) -> list[str]:
+    return quick(output, "--model_name_or_path", vit, "--image_folder", str(pictures), "--num_train_epochs", "2", *more)
+
+
+def test_trains_resumes_and_loads(vit, pictures, tmp_path) -> None:
+    more = ("--learning_rate", "3e-2", "--save_total_limit", "5")
+    facts = image_classification.main(flags(vit, pictures, tmp_path, *more))
+    assert facts["trainable"] == 4 * 60 + 3 * 16 + 3
+    assert facts["steps"] == 2 * 3
+    assert "test_accuracy" in facts["metrics"]
+    half = tmp_path / "half"
+    first = tmp_path / "checkpoint-3"
+    again = image_classification.main(flags(vit, pictures, half, *more, "--resume_from_checkpoint", str(first)))
+    assert again["metrics"]["test_accuracy"] == facts["metrics"]["test_accuracy"]
+    whole, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, half))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    base = AutoModelForImageClassification.from_pretrained(vit, num_labels=3)
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    adapted = loaded(pixel_values=pixels).logits
+    with loaded.disable_adapter():
+        assert not torch.allclose(adapted, loaded(pixel_values=pixels).logits, atol=1e-4)
+
+
+def test_tells_colours_apart(vit, pictures, tmp_path) -> None:
+    more = ("--num_train_epochs", "8", "--learning_rate", "3e-2", "--head_learning_rate", "1e-1", "--preset", "paper")
+    facts = image_classification.main(flags(vit, pictures, tmp_path, *more, "--save_strategy", "no"))
+    assert facts["metrics"]["test_accuracy"] > 0.6  # one in three by chance
+
+
+def test_tuning_scores_training_images_at_another_size(vit, pictures, tmp_path) -> None:
+    more = ("--tune", "true", "--image_size", "48", "--train_samples", "20", "--method", "lora", "--augment", "true")
+    facts = image_classification.main(flags(vit, pictures, tmp_path, *more, "--num_train_epochs", "1"))
+    assert facts["image_size"] == 48
+    assert facts["steps"] == 2  # 16 of 20 images, 8 a step
+    assert facts["metrics"]["validation_accuracy"] * 4 == pytest.approx(
+        round(facts["metrics"]["validation_accuracy"] * 4)
+    )
+    assert "test_accuracy" not in facts["metrics"]
+
+
+def test_bad_input_is_one_line(vit, pictures, tmp_path, capsys, monkeypatch) -> None:
+    def refused(*argv: str) -> str:
+        with pytest.raises(SystemExit) as stopped, exit_codes("image_classification.py"):
+            image_classification.main(quick(tmp_path, "--model_name_or_path", vit, *argv))
+        assert stopped.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("image_classification.py: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    folder = ["--image_folder", str(pictures)]
+    assert "either --dataset_name" in refused()
+    assert "no column 'photo'" in refused(*folder, "--image_column", "photo")
+    assert "no split 'training'" in refused(*folder, "--train_split", "training")
+    assert "no split 'dev'" in refused(*folder, "--test_split", "dev")
+    assert "nowhere" in refused("--image_folder", str(tmp_path / "nowhere"))
+    assert "no column 'label'" in refused("--image_folder", str(pictures / "train" / "red"))
+    unlabelled = Dataset.from_dict({"image": [0, 0], "label": [1, None]})
+    monkeypatch.setattr(
+        image_classification, "load_dataset", lambda *found: DatasetDict(train=unlabelled, test=unlabelled)
+    )
+    assert "has no label" in refused("--dataset_name", "some")
