@@ -60,10 +60,10 @@ def test_a_narrow_matrix_is_sketched_whole(rows, distance, signs) -> None:
     np.testing.assert_allclose(np.take_along_axis(table, near, 1), expected, atol=2e-3)
     if rows > 40:
         order = nearest_walk(sketch, 3)
-        steps, best = table[order[:-1], order[1:]], table[order[0]].min()
+        steps = table[order[:-1], order[1:]]
         assert order[0] == 3
-        assert steps[0] == pytest.approx(best, abs=2e-3)
-        assert steps.sum() == pytest.approx(float(np.diff(np.r_[0, steps]).sum() * 0 + table_walk(table, 3)), rel=0.02)
+        assert steps[0] == pytest.approx(table[3].min(), abs=2e-3)
+        assert steps.sum() == pytest.approx(table_walk(table, 3), rel=0.02)  # some steps are as long as others
 
 
 def table_walk(table: np.ndarray, start: int) -> float:
@@ -151,9 +151,9 @@ def test_large_matrices_take_this_way(monkeypatch, columns) -> None:
 
 def test_no_table_is_made() -> None:
     """The peak is a small part of what distances of all pairs would take."""
-    matrix = torch.randn(6000, 8)
+    matrix = torch.randn(2500, 8)
     tracemalloc.start()
     short_path(sketch_of(matrix, "cosine", True), 0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 6000 * 6000 * 4 / 4
+    assert peak < 2500 * 2500 * 4 / 4  # and PyTorch's blocks have `BLOCK_ENTRIES`

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,14 +147,17 @@ def estimate_by_training(
     accumulation: int,
 ) -> WeightChange:
     """The change (d, k) of every layer's weight by a step of training for every `accumulation` batches."""
-    if not isinstance(batches, Sequence):
-        batches = batches if hasattr(batches, "__len__") else list(batches)  # an iterator
-    steps = math.ceil(len(batches) / accumulation)
+    try:
+        count = len(batches)
+    except TypeError:  # an iterator, or a DataLoader over one
+        batches = list(batches)
+        count = len(batches)
+    steps = math.ceil(count / accumulation)
     trained = {name: _TrainedWeight(name, layer.get_base_layer(), step_size) for name, layer in layers.items()}
     arrivals = _Arrivals(trained)
     try:
         for number, batch in enumerate(batches, 1):
-            arrivals.updating = number % accumulation == 0 or number == len(batches)
+            arrivals.updating = number % accumulation == 0 or number == count
             arrivals.factor = 2 * math.ceil(number / accumulation) / (steps + 1)
             _backward(loss, batch)
             if arrivals.updating:
