@@ -136,6 +136,13 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.prepare()
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; those that were loaded (whose config says `inference_mode`) stay frozen."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for name, delta in self.s2ft_delta.items():
+            if self.s2ft_config[name].inference_mode:
+                delta.requires_grad_(False)
+
     # Scales
 
     def set_scale(self, adapter: str, scale: float) -> None:
