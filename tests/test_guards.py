@@ -103,7 +103,7 @@ def test_set_lora_device(pipe, folder, lora) -> None:
     assert {p.device.type for n, p in pipe.unet.named_parameters() if "lora_" in n} == {"meta"}
 
 
-@pytest.mark.parametrize("lora_first", [True])
+@pytest.mark.parametrize("lora_first", [True, False])
 def test_fusing_takes_its_own(pipe, folder, lora, lora_first) -> None:
     before = state(pipe)
     loads = [
