@@ -141,6 +141,7 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> No
     assert len(list(killed.glob("checkpoint-*"))) == 2
 
 
+@pytest.mark.slow
 def test_control_c_saves_a_checkpoint(photos, tmp_path) -> None:
     flags = ("--max_train_steps", "5000", "--checkpointing_steps", "5000")
     command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, tmp_path / "out", *flags)]
