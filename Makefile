@@ -1,10 +1,13 @@
-# make demo: train on a toybox subject and look at the result.   make test: lint and run all tests.
-# Both set up .venv first; someone who has an environment uses it with VENV=path.
+# make demo: train on a toybox subject and look at the result.   make test: lint and run the tests, in minutes.
+# make test-all: the slow tests, too.   make docs: build the documentation into site/.
+# All set up .venv first; someone who has an environment uses it with VENV=path.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.s2ft-installed
 
-.PHONY: install demo test lint format
+PYTEST := $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+
+.PHONY: install demo test test-slow test-all lint format
 
 install: $(STAMP)
 
@@ -23,7 +26,12 @@ lint: $(STAMP)
 	$(PYTHON) -m ruff format --check .
 
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .

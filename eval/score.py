@@ -13,6 +13,7 @@ from accelerate import PartialState
 
 from s2ft_diffusion import AdapterFileError, toybox
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.folders import check_apart
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     check_device(args.device)
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise InputError(f"--output_dir {args.output_dir} is no folder.")
+    check_apart({"--subject_dir": args.subject_dir}, {"--output_dir": args.output_dir})
     state = PartialState(cpu=args.device == "cpu")
     real = [load_image(path) for path in find_images(args.subject_dir)]
     try:

@@ -7,16 +7,27 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread each, in what they start as well
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from s2ft_diffusion import AdapterInfo, S2FTConfig, attention_targets, toybox
 from s2ft_diffusion.tuner.seeding import seeded
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under xdist (`--dist loadgroup`) the app's tests stay together by file: a file's server is started once."""
+    for item in items:
+        if "gradio_app" in item.path.parts:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -40,31 +51,79 @@ def two_layers() -> TwoLayers:
     return TwoLayers()
 
 
-@pytest.fixture(scope="session")
-def _base_modules() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(toybox.base_path())
+def tiny_modules() -> dict[str, object]:
+    """The modules of a Stable Diffusion of a million random numbers, with the embedded base's words."""
+    tokenizer = CLIPTokenizer.from_pretrained(toybox.base_path(), subfolder="tokenizer")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return {
+            "unet": UNet2DConditionModel(
+                sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
+                cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
+                down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+            ).eval(),
+            "vae": AutoencoderKL(
+                block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
+                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            ).eval(),
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                    num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+                    bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            ).eval(),
+            "tokenizer": tokenizer,
+            "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        }  # fmt: skip
+
+
+def pipeline_of(modules: dict[str, object]) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline(
+        **modules, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+@pytest.fixture(scope="session")
+def _tiny() -> dict[str, object]:
+    return tiny_modules()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(_tiny, tmp_path_factory) -> Path:
+    """A folder with the tiny base: what a training in a test starts from."""
+    folder = tmp_path_factory.mktemp("base")
+    pipeline_of(_tiny).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def pipe(_base_modules: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """A fresh pipeline of the embedded base: its adapted models are copies."""
-    return StableDiffusionPipeline(
-        vae=_base_modules.vae,
-        text_encoder=copy.deepcopy(_base_modules.text_encoder),
-        tokenizer=_base_modules.tokenizer,
-        unet=copy.deepcopy(_base_modules.unet),
-        scheduler=copy.deepcopy(_base_modules.scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+def pipe(_tiny) -> StableDiffusionPipeline:
+    """A fresh pipeline of the tiny base: what can be adapted is a copy."""
+    return pipeline_of(
+        {**_tiny, **{name: copy.deepcopy(_tiny[name]) for name in ("unet", "text_encoder", "scheduler")}}
+    )
+
+
+@pytest.fixture(scope="session")
+def _base_modules() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(toybox.base_path())
+
+
+@pytest.fixture
+def toybox_pipe(_base_modules) -> StableDiffusionPipeline:
+    """A fresh pipeline of the embedded base, for what a trained model is needed for."""
+    modules = {name: getattr(_base_modules, name) for name in ("vae", "tokenizer")}
+    return pipeline_of(
+        modules | {name: copy.deepcopy(getattr(_base_modules, name)) for name in ("unet", "text_encoder", "scheduler")}
     )
 
 
 def generate(pipeline: StableDiffusionPipeline, prompt: str = "a photo of sks cat", **options) -> torch.Tensor:
     """Latents of two steps, so that a difference of one bit shows."""
-    pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded("test"), **options}
     return pipeline(prompt, **options).images
 

@@ -19,6 +19,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.slow
 def test_it_explains_itself(name) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
@@ -41,6 +42,7 @@ def test_it_explains_itself(name) -> None:
         ("crowd", "--n 300 --adapters 3 --visits 2"),
     ],
 )
+@pytest.mark.slow
 def test_it_measures_a_small_shape(name, options, tmp_path, monkeypatch) -> None:
     """What needs a GPU at full size runs here too."""
     command = [option.replace("_default", " default") for option in (*options.split(), "--device", "cpu")]

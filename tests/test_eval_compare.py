@@ -82,8 +82,8 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     assert 50 <= held <= 60
 
 
-def test_sizes_are_in_the_relation_that_is_compared(pipe) -> None:
-    unet = pipe.unet
+def test_sizes_are_in_the_relation_that_is_compared(toybox_pipe) -> None:
+    unet = toybox_pipe.unet
     targets = attention_targets(unet)
     ours = sum(numbers(0.02, unet.get_submodule(name)) for name in targets)
     counts = {}
@@ -98,8 +98,8 @@ def test_sizes_are_in_the_relation_that_is_compared(pipe) -> None:
         assert ours / counts[kind] == pytest.approx(0.8, rel=1e-3)
 
 
-def test_what_adapts_no_convolution_has_as_many_numbers_in_the_linear_layers(pipe) -> None:
-    unet = pipe.unet
+def test_what_adapts_no_convolution_has_as_many_numbers_in_the_linear_layers(toybox_pipe) -> None:
+    unet = toybox_pipe.unet
     targets = attention_targets(unet, "all")
     ours = sum(numbers(0.002, unet.get_submodule(name)) for name in targets)
     for kind in ("fourierft", "lora"):
@@ -159,6 +159,7 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
     assert 45 * 2**20 < peak.bytes < 80 * 2**20
 
 
+@pytest.mark.slow
 def test_pictures_that_are_held_out_are_not_trained_on(tmp_path) -> None:
     photos = write_photos("perk", tmp_path / "all")
     for path in write_photos("perk", tmp_path / "some")[-2:]:
@@ -210,6 +211,7 @@ def compared(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_compare_writes_what_it_promises(compared) -> None:
     found = json.loads((compared / "compare.json").read_text())
     assert [row["method"] for row in found["rows"]] == ["drawn", "base", "lora", "s2ft-default"]
@@ -246,6 +248,7 @@ def test_compare_writes_what_it_promises(compared) -> None:
         assert [path.name for path in trial.parent.iterdir() if path.suffix != ""] == ["cell.json"]
 
 
+@pytest.mark.slow
 def test_compare_goes_on_where_it_stopped(compared, capsys) -> None:
     results = sorted(compared.rglob("cell.json"))
     times = {path: path.stat().st_mtime_ns for path in results}
@@ -261,6 +264,7 @@ def test_compare_goes_on_where_it_stopped(compared, capsys) -> None:
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_reported_left_out_and_tried_again(compared, monkeypatch, capsys) -> None:
     extra = arguments(compared, "--seeds", "2")
     train = cells.train
@@ -287,6 +291,7 @@ def test_a_failed_cell_is_reported_left_out_and_tried_again(compared, monkeypatc
     assert not list(compared.rglob("failure.txt"))
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
@@ -352,6 +357,7 @@ def test_every_variant_of_the_ablation_is_one_of_its_own() -> None:
     assert len(set(definitions)) == len(definitions) > 20
 
 
+@pytest.mark.slow
 def test_ablation_reports(tmp_path) -> None:
     options = [
         "ablation", "--groups", "coefficients", "--subjects", "mittens", "--development", "perk", "--trials", "1",
@@ -374,6 +380,7 @@ def test_a_method_is_another_one_under_another_rule_for_its_estimate(monkeypatch
     assert changed == ["s2ft-default"]
 
 
+@pytest.mark.slow
 def test_ablation_by_unseen_pictures_alone(tmp_path) -> None:
     options = [
         "ablation", "--groups", "coefficients", "--development", "perk", "trek", "--trials", "1", "--trial_seeds", "2",
@@ -399,6 +406,7 @@ def test_ablation_by_unseen_pictures_alone(tmp_path) -> None:
     assert main(["compare", *options[3:]]) == 2
 
 
+@pytest.mark.slow
 def test_spectrum_reports_and_resumes(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(spectrum, "CHECK_EVERY", 2)
     few = {name: (kind, 1) for name, (kind, _) in spectrum.PRIORS.items()}

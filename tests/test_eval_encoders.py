@@ -136,6 +136,7 @@ def test_they_are_small() -> None:
 
 
 @pytest.mark.parametrize(("train", "count"), [(train_dino, 120), (train_clip, 12)])
+@pytest.mark.slow
 def test_training_goes_on_where_it_stopped(train, count, tmp_path) -> None:
     once, twice = tmp_path / "once", tmp_path / "twice"
     once.mkdir()

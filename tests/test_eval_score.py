@@ -101,6 +101,7 @@ def arguments(folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_scores_an_adapter_and_goes_on_where_it_stopped(tmp_path, capsys) -> None:
     assert main(arguments(tmp_path)) == 0
     out = tmp_path / "out"
@@ -131,6 +132,7 @@ def test_scores_an_adapter_and_goes_on_where_it_stopped(tmp_path, capsys) -> Non
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     options = arguments(tmp_path)
@@ -173,6 +175,7 @@ def test_prompts_of_any_script_have_images_of_their_own(tmp_path) -> None:
     assert len({image_path(tmp_path, prompt, 0) for prompt in prompts}) == len(prompts)
 
 
+@pytest.mark.slow
 def test_an_adapter_for_another_base_is_refused_before_an_image_is_made(tmp_path, capsys) -> None:
     adapter = read_adapter(ADAPTER)
     adapter.layers["unet"] = {f"elsewhere.{name}": layer for name, layer in adapter.layers["unet"].items()}

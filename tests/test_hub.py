@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME
 from tests.conftest import ROOT
 from tests.fake_hub import fake_hub
@@ -23,6 +25,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_push_and_load(photos, tmp_path) -> None:
     with fake_hub() as (address, files):
         environment = {

@@ -68,6 +68,47 @@ def test_sixteen_bits(tmp_path) -> None:
     assert abs(values[30] - 130) < 4
 
 
+@pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
+def test_floating_point_numbers(tmp_path, top) -> None:
+    ramp = np.linspace(0, top, 60, dtype=np.float32)[None].repeat(40, 0)
+    Image.fromarray(ramp).save(tmp_path / "a.tiff")
+    values = np.asarray(load_image(tmp_path / "a.tiff"))[0, :, 0].astype(int)
+    assert np.abs(values - np.linspace(0, 255, 60)).max() <= 1
+
+
+def test_32_bit_integers(tmp_path) -> None:
+    ramp = np.linspace(0, 65535, 60).astype(np.int32)[None].repeat(40, 0)
+    Image.fromarray(ramp).save(tmp_path / "a.tiff")
+    values = np.asarray(load_image(tmp_path / "a.tiff"))[0, :, 0].astype(int)
+    assert np.abs(values - np.linspace(0, 255, 60)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        np.linspace(0, 2**31 - 1, 60).astype(np.int32),
+        np.linspace(-1, 1, 60),
+        np.linspace(0, 1e9, 60),
+        [0.5, np.nan] * 30,
+    ],
+    ids=["int32", "negative", "huge", "nan"],
+)
+def test_numbers_of_no_known_scale(tmp_path, numbers) -> None:
+    numbers = np.asarray(numbers)
+    numbers = numbers if numbers.dtype == np.int32 else numbers.astype(np.float32)
+    Image.fromarray(numbers[None].repeat(40, 0)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match=r"a\.tiff: its numbers go from .* no known scale"):
+        load_image(tmp_path / "a.tiff")
+
+
+def test_oblong_pictures(tmp_path) -> None:
+    Image.new("RGB", (300, 30)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").size == (300, 30)
+    Image.new("RGB", (2000, 30)).save(tmp_path / "b.png")
+    with pytest.raises(InputError, match=r"b\.png: 2000x30 pixels are too oblong"):
+        load_image(tmp_path / "b.png")
+
+
 def test_hidden_files_and_folders_are_ignored_with_a_line(tmp_path, caplog) -> None:
     half_and_half().save(tmp_path / "a.png")
     (tmp_path / ".DS_Store").write_bytes(b"x")

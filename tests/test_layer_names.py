@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from s2ft_diffusion import AdapterFileError, S2FTConfig, read_adapter, read_header, write_adapter
+from s2ft_diffusion import AdapterFileError, S2FTConfig, read_adapter, read_header, toybox, write_adapter
 from s2ft_diffusion.adapters.file import METADATA_KEY, adapter_from_peft, collect_adapter
 from s2ft_diffusion.dreambooth.checkpoints import ADAPTER, restore_adapter
 from s2ft_diffusion.pipelines.attach import attach_adapter, check_fits, check_swap, swap_adapter
@@ -109,3 +109,16 @@ def test_peft_state_dicts(pipe, spelling) -> None:
     weights = get_peft_model_state_dict(model, adapter_name="a")
     adapter = adapter_from_peft(weights, model.peft_config["a"], "text_encoder")
     assert all(name.startswith("text_model.encoder.layers.") for name in adapter.layers["text_encoder"])
+
+
+def test_the_embedded_bases_load_under_every_transformers() -> None:
+    """Up to 5.5 a CLIP encoder's weights must have the outer name, or they are drawn anew with a mere warning."""
+    found = 0
+    for kind in ("unet", "flow"):
+        for folder in toybox.base_path(kind).glob("text_encoder*"):
+            if "CLIP" in (folder / "config.json").read_text():
+                with safe_open(folder / "model.safetensors", framework="pt") as file:
+                    names = [name for name in file.keys() if name != "text_projection.weight"]  # noqa: SIM118
+                assert all(name.startswith("text_model.") for name in names)
+                found += 1
+    assert found == 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     DDPMPipeline,
@@ -201,17 +200,12 @@ def test_fuse_qkv_projections(pipe, folder) -> None:
 
 @pytest.mark.parametrize("kind", [AutoPipelineForImage2Image, AutoPipelineForInpainting])
 def test_other_pipelines_share_the_models(pipe, tmp_path, kind) -> None:
-    torch.manual_seed(0)
-    # diffusers' inpainting wants latents of four channels
-    pipe.unet = UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 4, "out_channels": 4})
-    vae = AutoencoderKL.from_config({**pipe.vae.config, "latent_channels": 4})
-    pipe = StableDiffusionPipeline(**{**pipe.components, "vae": vae}, requires_safety_checker=False)
     add(pipe)
     pipe.save_s2ft_weights(tmp_path)
     pipe.unload_s2ft_weights()
-    options = {"image": Image.new("RGB", (64, 64), "teal"), "strength": 1.0}
+    options = {"image": Image.new("RGB", (16, 16), "teal"), "strength": 1.0}
     if kind is AutoPipelineForInpainting:
-        options["mask_image"] = Image.new("L", (64, 64), 255)
+        options["mask_image"] = Image.new("L", (16, 16), 255)
     other = kind.from_pipe(pipe)
     base = generate(other, **options)
     other.load_s2ft_weights(tmp_path, adapter_name="x")
@@ -290,10 +284,10 @@ def test_whole_modules_have_no_place_in_the_file(pipe, tmp_path) -> None:
 def test_wrong_base_changes_nothing(pipe, folder) -> None:
     path, _ = folder
     small = dict(pipe.unet.config)
-    small.update(block_out_channels=(64, 192), attention_head_dim=4)
+    small.update(block_out_channels=(64, 128))
     pipe.unet = UNet2DConditionModel.from_config(small)
     before = state(pipe)
-    with pytest.raises(AdapterFileError, match=r"trained on toybox with 128x128 at unet\.\S+, this model has 64x64"):
+    with pytest.raises(AdapterFileError, match=r"trained on toybox with 32x32 at unet\.\S+, this model has 64x64"):
         pipe.load_s2ft_weights(path)
     assert same_state(pipe, before)
     assert not hasattr(pipe.unet, "peft_config")

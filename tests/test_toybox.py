@@ -111,14 +111,14 @@ def test_a_subject_is_drawn_as_a_prompt_wants_it() -> None:
         assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
-def test_any_prompt_tokenizes(pipe) -> None:
-    tokenizer = pipe.tokenizer
+def test_any_prompt_tokenizes(toybox_pipe) -> None:
+    tokenizer = toybox_pipe.tokenizer
     for word in [*world_words(), UNSEEN_TOKEN]:
         assert len(tokenizer.tokenize(word)) == 1, word
     for prompt in ("", "Xylophone, 42!", "straße 猫 \N{GRINNING FACE}", "a " * 200):
         ids = tokenizer(prompt, padding="max_length", truncation=True).input_ids
         assert len(ids) == tokenizer.model_max_length
-        assert max(ids) < pipe.text_encoder.config.vocab_size
+        assert max(ids) < toybox_pipe.text_encoder.config.vocab_size
 
 
 def test_names_of_bases() -> None:
@@ -193,10 +193,12 @@ class TestQuality:
         pairs = prompted_scenes(60)
         assert sum(a == s.kind for a, (s, _) in zip(seen["kind"], pairs, strict=True)) < 25
 
-    def test_reconstruction(self, pipe) -> None:
-        assert reconstruction_error(pipe, 100) < 0.012
+    @pytest.mark.slow
+    def test_reconstruction(self, toybox_pipe) -> None:
+        assert reconstruction_error(toybox_pipe, 100) < 0.012
 
-    @pytest.mark.parametrize("base", ["pipe", "flow_pipe"])
+    @pytest.mark.parametrize("base", ["toybox_pipe", "flow_pipe"])
+    @pytest.mark.slow
     def test_prompts_are_followed(self, base, request) -> None:
         pairs = prompted_scenes(24)
         images = generate(request.getfixturevalue(base), [prompt for _, prompt in pairs], steps=10)

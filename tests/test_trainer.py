@@ -23,12 +23,21 @@ from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.publish import class_words
 from tests.conftest import ROOT, SHARED, generate
 
+BASE = "toybox"
+TOYBOX = ("--pretrained_model_name_or_path", "toybox")
 ENVIRONMENT = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _base(tiny_base) -> None:
+    """Runs start from the tiny base unless a test says another one."""
+    global BASE
+    BASE = str(tiny_base)
 
 
 def arguments(photos: Path, output: Path, *more: str) -> list[str]:
     return [
-        "--pretrained_model_name_or_path", "toybox", "--instance_dir", str(photos), "--output_dir", str(output),
+        "--pretrained_model_name_or_path", BASE, "--instance_dir", str(photos), "--output_dir", str(output),
         "--targets", "qv", "--n_frequency", "200", "--estimate_draws", "1", "--report_to", "none", *more,
     ]  # fmt: skip
 
@@ -47,9 +56,10 @@ def train_here(photos: Path, output: Path, *more: str) -> Path:
     return output / WEIGHTS_NAME
 
 
-def test_end_to_end(photos, tmp_path, pipe) -> None:
-    output = tmp_path / "out"
-    training = ("--max_train_steps", "20", "--learning_rate", "1e-2")
+@pytest.mark.slow
+def test_end_to_end(photos, tmp_path, toybox_pipe) -> None:
+    output, pipe = tmp_path / "out", toybox_pipe
+    training = (*TOYBOX, "--max_train_steps", "20", "--learning_rate", "1e-2")
     validation = (
         "--validation_prompt",
         "a photo of sks dog",
@@ -104,6 +114,7 @@ def test_words_of_the_class(prompts, words) -> None:
     assert class_words(*prompts) == words
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> None:
     flags = ("--max_train_steps", "12", "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2",
              "--lr_scheduler", "cosine", "--random_flip", "--checkpoints_total_limit", "2")  # fmt: skip
@@ -115,10 +126,9 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> No
         child = subprocess.Popen(
             command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        deadline = time.time() + 120
-        while not (killed / f"checkpoint-{step}").exists() and time.time() < deadline and child.poll() is None:
+        while not (killed / f"checkpoint-{step}").exists() and child.poll() is None:
             time.sleep(0.01)
-        time.sleep(0.07 * step / 2)  # somewhere in the steps after it, or in writing the next checkpoint
+        time.sleep(0.01 * step)  # somewhere in the steps after it, or in writing the next checkpoint
         child.send_signal(signal.SIGKILL)
         child.wait()
         assert (killed / f"checkpoint-{step}").exists()
@@ -131,6 +141,7 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> No
     assert len(list(killed.glob("checkpoint-*"))) == 2
 
 
+@pytest.mark.slow
 def test_control_c_saves_a_checkpoint(photos, tmp_path) -> None:
     flags = ("--max_train_steps", "5000", "--checkpointing_steps", "5000")
     command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, tmp_path / "out", *flags)]
@@ -142,18 +153,20 @@ def test_control_c_saves_a_checkpoint(photos, tmp_path) -> None:
         seen += child.stderr.read(50)
         assert child.poll() is None, seen
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate()
     assert child.returncode == 130
     assert "--resume_from_checkpoint latest" in errors
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert read_adapter(checkpoint / WEIGHTS_NAME).trainable == 28 * 14 * 14
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(photos, tmp_path) -> None:
     """All ranks hold the same adapter, and two processes with batch 1 train what one trains with batch 2.
 
     All have one thread, as `ENVIRONMENT` says: with another number of them sums round differently, and the search for
-    an order may then end elsewhere.
+    an order may then end elsewhere. Adam divides each gradient by its own size, so that one of nothing but rounding
+    moves its number as far as any other: losses are compared, and the numbers as a whole.
     """
     flags = ("--max_train_steps", "4", "--learning_rate", "1e-3", "--train_text_encoder")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
@@ -172,15 +185,20 @@ def test_two_processes_equal_one(photos, tmp_path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_adapter(tmp_path / name / WEIGHTS_NAME) for name in ("one", "two"))
     assert set(one.layers) == {"unet", "text_encoder"}
-    moved = 0.0
     for component, layers in one.layers.items():
         for name, layer in layers.items():
             other = two.layers[component][name]
             states = other.state(), layer.state()
             assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] if key != "coefficients"), name
-            torch.testing.assert_close(other.coefficients, layer.coefficients, rtol=1e-2, atol=2e-5)
-            moved = max(moved, float(layer.coefficients.abs().max()))
-    assert moved > 1e-3
+            found, wanted = other.coefficients.flatten(), layer.coefficients.flatten()
+            assert torch.cosine_similarity(found, wanted, dim=0) > 0.999, name
+            assert wanted.abs().max() > 1e-3
+    losses = [
+        [e["loss"] for e in map(json.loads, (tmp_path / name / "progress.jsonl").open()) if "loss" in e]
+        for name in ("one", "two")
+    ]
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_prior_preservation(photos, tmp_path) -> None:
@@ -239,10 +257,13 @@ def test_options_run(photos, tmp_path, more) -> None:
     assert any(bool(layer.coefficients.any()) for layer in adapter.layers["unet"].values())
 
 
+@pytest.mark.slow
 def test_8_bit_adam(photos, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
     files = [
-        read_adapter(train_here(photos, tmp_path / name, "--max_train_steps", "2", "--n_frequency", "5000", *flags))
+        read_adapter(
+            train_here(photos, tmp_path / name, *TOYBOX, "--max_train_steps", "2", "--n_frequency", "5000", *flags)
+        )
         for name, flags in (("full", ()), ("eight", ("--use_8bit_adam",)))
     ]
     name, layer = next(iter(files[0].layers["unet"].items()))
@@ -391,7 +412,7 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
     ("more", "match"),
     [
         (("--n_frequency", "40000"), "unet."),
-        (("--resolution", "60"), "multiple of 16"),
+        (("--resolution", "61"), "multiple of 4"),
         (("--pretrained_model_name_or_path", "/no/such/folder"), "toybox"),
         (("--pretrained_model_name_or_path", "someone/no-such-model"), "--pretrained_model_name_or_path FOLDER"),
         (("--with_prior_preservation",), "--class_data_dir"),
@@ -449,8 +470,9 @@ def test_diffusers_spelling_of_the_folder(photos) -> None:
 
 
 @pytest.mark.skipif(not (SHARED / "dreambooth" / "cat").is_dir(), reason="needs the real photos beside the project")
-def test_real_photos(tmp_path, pipe) -> None:
-    output = tmp_path / "cat"
+@pytest.mark.slow
+def test_real_photos(tmp_path, toybox_pipe) -> None:
+    output, pipe = tmp_path / "cat", toybox_pipe
     path = train_here(
         SHARED / "dreambooth" / "cat",
         output,
@@ -460,6 +482,7 @@ def test_real_photos(tmp_path, pipe) -> None:
         "4",
         "--learning_rate",
         "1e-2",
+        *TOYBOX,
     )
     report = json.loads((output / "training.json").read_text())
     assert report["loss_last"] < report["loss_first"]

@@ -255,7 +255,7 @@ def save_clip(model: open_clip.CLIP, folder: Path = CLIP_FOLDER) -> None:
     half = [0.5] * 3
     preprocess = {"mean": half, "std": half, "interpolation": "bicubic", "resize_mode": "squash"}
     written = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(written, indent=2))
+    (folder / "open_clip_config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     tokenizer.save_pretrained(folder)
 

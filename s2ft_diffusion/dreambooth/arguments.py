@@ -19,6 +19,7 @@ from ..adapters.format import DTYPES
 from ..pipelines.targets import TARGETS
 from ..tuner.config import PRESETS
 from .errors import InputError
+from .folders import check_apart
 from .settings import (
     DEFAULT_BASE,
     LEARNING_RATE,
@@ -37,6 +38,7 @@ from .settings import (
     Settings,
     ValidationSettings,
 )
+from .text import decoded, printable
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
@@ -168,6 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     """Parse and check the command line; raises InputError for flags that contradict each other."""
     args = build_parser().parse_args(argv)
+    _decode(args)
     args.prompt_was_given = args.instance_prompt is not None
     args.subject = args.subject or folder_words(args.instance_dir)
     if not args.prompt_was_given:
@@ -182,6 +185,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     except ValueError as error:
         raise InputError(str(error)) from None
     return settings
+
+
+def _decode(args: argparse.Namespace) -> None:
+    """Make text of what is text, in whatever locale; a path stays as the system has it, but must be printable."""
+    for name, value in vars(args).items():
+        if isinstance(value, str):
+            try:
+                text = decoded(value)
+            except UnicodeDecodeError:
+                shown = "" if name == "hub_token" else f": {printable(value)}"
+                raise InputError(f"--{name}{shown} is not UTF-8; write it so, or rename it.") from None
+            if name not in ("instance_dir", "class_data_dir", "output_dir", "logging_dir"):
+                setattr(args, name, text)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -246,7 +262,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def folder_words(folder: str) -> str:
     """A folder's name as words."""
-    return Path(folder).resolve().name.replace("_", " ").replace("-", " ")
+    return printable(decoded(Path(folder).resolve().name)).replace("_", " ").replace("-", " ")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -276,6 +292,10 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--class_data_dir and --class_prompt do nothing without --with_prior_preservation.")
     if args.class_data_dir and Path(args.class_data_dir).exists() and not Path(args.class_data_dir).is_dir():
         raise InputError(f"--class_data_dir {args.class_data_dir} is no folder.")
+    output_dir, photos = Path(args.output_dir), {"--instance_dir": Path(args.instance_dir)}
+    classes = {"--class_data_dir": Path(args.class_data_dir) if args.class_data_dir else None}
+    samples = {"the folder of sample images": output_dir / "validation"}
+    check_apart({**photos, **classes}, {"--output_dir": output_dir, **samples, **classes})
     if args.push_to_hub:
         try:
             validate_repo_id(args.hub_model_id or Path(args.output_dir).resolve().name)

@@ -117,7 +117,7 @@ def clear_checkpoints(output_dir: Path) -> None:
 def read_state(path: Path) -> TrainingState:
     """What a checkpoint knows; raises InputError if it is damaged."""
     try:
-        return TrainingState(**json.loads((path / STATE_NAME).read_text()))
+        return TrainingState(**json.loads((path / STATE_NAME).read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the checkpoint is damaged ({error}).") from None
 
@@ -154,7 +154,9 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary), safe_serialization=True)
         if self.accelerator.is_main_process:
-            (temporary / STATE_NAME).write_text(json.dumps(asdict(replace(state, written=time.time()))))
+            (temporary / STATE_NAME).write_text(
+                json.dumps(asdict(replace(state, written=time.time()))), encoding="utf-8"
+            )
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             shutil.rmtree(final, ignore_errors=True)

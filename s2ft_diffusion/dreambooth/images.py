@@ -13,6 +13,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
 from .errors import InputError
+from .text import printable
+
+MAX_OBLONG = 10  # times as long as wide: its shorter side is brought to the resolution, and all of the longer one kept
 
 logger = logging.getLogger(__name__)
 
@@ -24,43 +27,58 @@ def find_images(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder of images.")
+        raise InputError(f"{printable(folder)}: there is no such folder of images.")
     entries = sorted(folder.iterdir())
     ignored = [entry.name for entry in entries if entry.name.startswith(".") or entry.is_dir()]
     if ignored:
-        logger.info("%s: ignoring hidden files and sub-folders: %s", folder, ", ".join(ignored))
+        logger.info("%s: ignoring hidden files and sub-folders: %s", printable(folder), printable(", ".join(ignored)))
     paths = [entry for entry in entries if entry.name not in ignored]
     if not paths:
-        raise InputError(f"{folder}: there are no images in it.")
+        raise InputError(f"{printable(folder)}: there are no images in it.")
     return paths
 
 
 def fingerprints(paths: Sequence[Path]) -> str:
     """The files' names and a hash of what each holds, as one line: the same line is the same photos."""
-    return ", ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths)
+    return ", ".join(f"{printable(path.name)} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths)
 
 
 def load_image(path: Path) -> Image.Image:
-    """Any image file as RGB: turned as its EXIF says, 16 bits brought to 8, transparency on white.
+    """Any image file as RGB: turned as its EXIF says, more bits brought to 8, transparency on white.
 
-    Raises InputError, naming the file, for one that is no image or is truncated.
+    Raises InputError, naming the file, for one that is no image or is truncated, for 32-bit numbers of no known scale,
+    and for a picture more than `MAX_OBLONG` times as long as wide.
     """
+    name = printable(path)
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             image.load()
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
     except (OSError, RuntimeError, SyntaxError, ValueError) as error:
         kind = "a truncated image" if "truncated" in str(error).lower() else "not a readable image"
-        raise InputError(f"{path}: {kind} ({error}).") from None
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float32)
-        image = Image.fromarray((values / 257.0 if values.max() > 255 else values).clip(0, 255).astype(np.uint8))
+        raise InputError(f"{name}: {kind} ({printable(error)}).") from None
+    if max(image.size) > MAX_OBLONG * min(image.size):
+        raise InputError(f"{name}: {image.width}x{image.height} pixels are too oblong; crop the picture.")
+    if image.mode.startswith("I") or image.mode == "F":
+        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.float64), image.mode, name))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
+    """Gray values of 16 or 32 bits as 0 to 255: the scale is the smallest usual one that holds them all."""
+    least, greatest = float(values.min()), float(values.max())
+    scales = {1.0: 255.0, 255.0: 1.0, 65535.0: 1 / 257} if mode == "F" else {255.0: 1.0, 65535.0: 1 / 257}
+    scale = next((factor for limit, factor in scales.items() if greatest <= limit), None)
+    if scale is None or not least >= 0:
+        raise InputError(
+            f"{name}: its numbers go from {least:g} to {greatest:g}, which is no known scale; save it with 8 bits."
+        )
+    return (values * scale).round().astype(np.uint8)
 
 
 class SquareImages:

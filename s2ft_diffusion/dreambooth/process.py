@@ -18,11 +18,22 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from .errors import Diverged, InputError, Interrupted, NotPublished
 from .settings import Settings
 
+logger = logging.getLogger("train_dreambooth_s2ft")
+SHARDING = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_TP": "tensor parallelism",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of several dimensions",
+}
 CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.tuner.model")
 
 
 def set_up_logging() -> None:
     """The recipe's own lines on standard output; libraries speak up for warnings only."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -32,19 +43,51 @@ def set_up_logging() -> None:
 
 
 def make_accelerator(settings: Settings) -> Accelerator:
-    """The accelerator that a run asks for; in all processes but the first, only warnings are logged from here on."""
+    """The accelerator that a run asks for; in all processes but the first, only warnings are logged from here on.
+
+    Raises InputError where accelerate's environment or configuration asks for what the run would not do, or not say.
+    """
     output_dir, compute, logs = settings.output_dir, settings.compute, settings.logs
-    accelerator = Accelerator(
-        gradient_accumulation_steps=settings.length.accumulation,
-        mixed_precision=compute.mixed_precision,
-        log_with=None if logs.report_to == "none" else logs.report_to,
-        project_config=ProjectConfiguration(str(output_dir), str(output_dir / logs.folder)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    _check_environment(settings.length.accumulation)
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=settings.length.accumulation,
+            mixed_precision=compute.mixed_precision,
+            log_with=None if logs.report_to == "none" else logs.report_to,
+            project_config=ProjectConfiguration(str(output_dir), str(output_dir / logs.folder)),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"accelerate cannot set up the run: {' '.join(str(error).split())}") from None
+    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+        raise InputError(f"accelerate is set to {accelerator.mixed_precision}; choose another --mixed_precision.")
+    if compute.mixed_precision is None and accelerator.mixed_precision != "no":
+        logger.info("Mixed precision is %s, by accelerate's configuration.", accelerator.mixed_precision)
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     if compute.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def _check_environment(accumulation: int) -> None:
+    """What `accelerate launch`, its configuration or a person has put into the environment beside the flags."""
+    said = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
+    if said != str(accumulation):
+        raise InputError(
+            f"accelerate's environment says {said} gradient accumulation steps, --gradient_accumulation_steps says "
+            f"{accumulation}; give both the same number."
+        )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() != "no":
+        raise InputError(
+            f"accelerate's environment asks for the dynamo backend {backend}, which training does not use."
+        )
+    for name, sharding in SHARDING.items():
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise InputError(
+                f"accelerate's configuration asks for {sharding}, which would hold the adapter in pieces; several "
+                "processes train with plain data parallelism."
+            )
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -58,7 +58,7 @@ def usage_snippet(base: str, adapter: str) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place, then rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

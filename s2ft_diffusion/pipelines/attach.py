@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import inject_adapter_in_model
+from peft import PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -20,9 +21,48 @@ from .targets import has_fused_projections
 
 
 def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The models of a pipeline that an adapter may belong to, by component name."""
+    """The models of a pipeline that an adapter may belong to, by component name: what compiling and PEFT wrap."""
     found = {name: getattr(pipeline, name, None) for name in COMPONENTS}
-    return {name: getattr(model, "_orig_mod", model) for name, model in found.items() if isinstance(model, nn.Module)}
+    return {name: _innermost_model(model) for name, model in found.items() if isinstance(model, nn.Module)}
+
+
+def _innermost_model(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def check_unwrapped(pipeline: DiffusionPipeline) -> None:
+    """Raise ValueError for a model inside a PeftModel, which diffusers' verbs do not reach into."""
+    for name in COMPONENTS:
+        model = getattr(pipeline, name, None)
+        if isinstance(getattr(model, "_orig_mod", model), PeftModel):
+            raise ValueError(
+                f"The pipeline's {name} is wrapped in a {type(model).__name__}. Take the model out first: "
+                f"pipe.{name} = pipe.{name}.unload(), or .merge_and_unload() to keep what it has learned."
+            )
+
+
+def check_name(adapter_name: str) -> None:
+    """Raise ValueError for a name that PyTorch's modules have no place for."""
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(f"{adapter_name!r} is a name that PyTorch's modules use themselves; choose another.")
+
+
+def s2ft_layers(pipeline: DiffusionPipeline) -> list[S2FTLayer]:
+    """The S2FT layers of all of a pipeline's models."""
+    models = adaptable_components(pipeline).values()
+    return [module for model in models for module in model.modules() if isinstance(module, S2FTLayer)]
+
+
+def s2ft_adapters(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the pipeline's S2FT adapters, in the order of loading."""
+    names = [name for model in adaptable_components(pipeline).values() for name in s2ft_configs(model)]
+    names += [
+        name for layer in s2ft_layers(pipeline) for name in layer.s2ft_delta
+    ]  # a PeftModel has its configs itself
+    return list(dict.fromkeys(names))
 
 
 def denoiser_name(components: Mapping[str, nn.Module]) -> str:
@@ -116,6 +156,15 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         raise
+
+
+def activate(components: Mapping[str, nn.Module], adapter_name: str) -> None:
+    """Make an adapter the only active one, S2FT or LoRA, and switch adapters on."""
+    for model in components.values():
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled=True)
+                module.set_adapter([adapter_name], inference_mode=True)
 
 
 def check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_name: str | None, label: str) -> None:
@@ -214,11 +263,29 @@ def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
                 module.modules_to_save.pop(adapter)
             inside = None if module.modules_to_save else module.original_module
         if inside is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, inside)
+            _replace(model, name, inside)
     for name in gone:
         del configs[name]
-    if not configs and hasattr(model, "peft_config"):
+    _forget_empty_config(model)
+
+
+def drop_empty_layers(model: nn.Module) -> bool:
+    """Put what S2FT layers without adapters wrap in their place; returns whether there were any."""
+    empty = [(n, m) for n, m in model.named_modules() if isinstance(m, S2FTLayer) and not m.s2ft_delta]
+    for name, layer in reversed(empty):  # inside first: names outside stay true
+        _replace(model, name, layer.base_layer)
+    if empty:
+        _forget_empty_config(model)
+    return bool(empty)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _forget_empty_config(model: nn.Module) -> None:
+    if hasattr(model, "peft_config") and not model.peft_config:
         del model.peft_config
         model._hf_peft_config_loaded = False
 

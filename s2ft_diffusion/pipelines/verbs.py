@@ -9,40 +9,53 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.loaders.lora_base import LoraBaseMixin, _func_optionally_disable_offloading
-from torch import nn
 
 from ..adapters.convert import export
 from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, adapter_from_peft, collect_adapter, write_adapter
 from ..adapters.lora_files import LORA_NAME
-from ..adapters.names import module_name
 from ..tuner.config import S2FTConfig
 from ..tuner.layer import S2FTLayer
 from .attach import (
+    activate,
     adaptable_components,
     adapter_info,
     attach_adapter,
     check_fits,
+    check_name,
     check_swap,
+    check_unwrapped,
     denoiser_name,
     detach_adapters,
     in_fused_attention,
-    s2ft_configs,
+    s2ft_adapters,
+    s2ft_layers,
     swap_adapter,
 )
+from .guards import guard_encode_prompt, install_guards
+from .offloading import offloading_paused
 from .sources import find_adapter_file, read_any_adapter
 
 logger = logging.getLogger(__name__)
 
 
+def _in_ordinary_mode(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensors made under `torch.inference_mode` could not be switched, swapped or trained outside it."""
+
+    @functools.wraps(verb)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False):
+            return verb(*args, **kwargs)
+
+    return outside
+
+
+@_in_ordinary_mode
 def load_s2ft_weights(
     self: DiffusionPipeline,
     pretrained_model_name_or_path_or_dict: str | os.PathLike | Mapping[str, torch.Tensor],
@@ -67,14 +80,16 @@ def load_s2ft_weights(
             keeps its scaling (alpha): another one is multiplied into the coefficients.
         weight_name, subfolder, revision, token: which file of a folder or repository, as in `load_lora_weights`.
 
-    The adapter loaded last is the active one, as with `load_lora_weights`; activate several with `set_adapters`. Its
-    coefficients keep the file's type (call `.float()` on them to train on).
+    The adapter loaded last, S2FT or LoRA, is the active one, also after `disable_lora`; activate several with
+    `set_adapters`. Its coefficients keep the file's type and stay frozen: to train on, set its config's
+    `inference_mode` to False, activate it, and call `.float()` on them.
 
     Everything is checked before anything changes. Raises AdapterFileError (a ValueError) for a file that is damaged,
     or made for another base model; ValueError for a name in use; OSError for a repository that cannot be reached.
     """
-    if adapter_name is not None and (not adapter_name or "." in adapter_name):
-        raise ValueError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
+    if adapter_name is not None:
+        check_name(adapter_name)
+    check_unwrapped(self)
     components = adaptable_components(self)
     source = pretrained_model_name_or_path_or_dict
     if isinstance(source, Mapping):
@@ -94,13 +109,20 @@ def load_s2ft_weights(
     if adapter_name in used and not hotswap:
         raise ValueError(f"There is an adapter named {adapter_name!r} already; delete it, or choose another name.")
     check_fits(adapter, components, label)
-    if any(layer.merged for layer in _layers(self)):
+    if any(layer.merged for layer in s2ft_layers(self)):
         raise ValueError("An S2FT adapter is fused; call unfuse_s2ft() before loading another.")
-    with _offloading_paused(self):
-        (swap_adapter if hotswap else attach_adapter)(components, adapter, adapter_name)
+    with offloading_paused(self):
+        if hotswap:
+            swap_adapter(components, adapter, adapter_name)
+        else:
+            attach_adapter(components, adapter, adapter_name)
+            activate(components, adapter_name)
+    if any(component.startswith("text_encoder") for component in adapter.layers):
+        guard_encode_prompt(type(self))
     return adapter_name
 
 
+@_in_ordinary_mode
 def save_s2ft_weights(
     self: DiffusionPipeline,
     save_directory: str | os.PathLike,
@@ -126,6 +148,7 @@ def save_s2ft_weights(
     return path
 
 
+@_in_ordinary_mode
 def save_s2ft_as_lora(
     self: DiffusionPipeline,
     save_directory: str | os.PathLike,
@@ -162,21 +185,23 @@ def _collect(pipeline: DiffusionPipeline, adapter_name: str | None, info: Adapte
         adapter_name = names[0]
     for model in components.values():
         info = info or adapter_info(model, adapter_name)
-    with _offloading_paused(pipeline):
+    with offloading_paused(pipeline):
         return collect_adapter(components, adapter_name, info)
 
 
+@_in_ordinary_mode
 def unload_s2ft_weights(self: DiffusionPipeline) -> None:
     """Remove all S2FT layers from the pipeline; LoRAs stay.
 
     Unfused adapters leave no trace. What has been fused stays in the weights, as after `unload_lora_weights`, and the
     originals are forgotten; call `unfuse_s2ft` first for the base as it was.
     """
-    with _offloading_paused(self):
+    with offloading_paused(self):
         for model in adaptable_components(self).values():
             detach_adapters(model)
 
 
+@_in_ordinary_mode
 def fuse_s2ft(
     self: DiffusionPipeline,
     scale: float = 1.0,
@@ -190,7 +215,7 @@ def fuse_s2ft(
     setting on Stable Diffusion 1.5: 187 MB in float32). Raises ValueError where there is no such adapter, or, with
     `safe_fusing`, for weights that would not be finite; nothing is changed then.
     """
-    layers = _layers(self)
+    layers = s2ft_layers(self)
     known = s2ft_adapters(self)
     if isinstance(adapter_names, str):
         adapter_names = [adapter_names]
@@ -199,7 +224,7 @@ def fuse_s2ft(
     wanted = {name for layer in layers for name in (adapter_names or layer.active_adapters) if name in layer.s2ft_delta}
     if not wanted:
         raise ValueError("There is no active S2FT adapter to fuse; load one with load_s2ft_weights.")
-    with _offloading_paused(self):
+    with offloading_paused(self):
         before = [layer.fused_state() for layer in layers]
         try:
             for layer in layers:
@@ -210,6 +235,7 @@ def fuse_s2ft(
             raise
 
 
+@_in_ordinary_mode
 def unfuse_s2ft(self: DiffusionPipeline) -> None:
     """Undo `fuse_s2ft`: the base weights are what they were, bit for bit.
 
@@ -219,73 +245,10 @@ def unfuse_s2ft(self: DiffusionPipeline) -> None:
         for name, layer in model.named_modules():
             if isinstance(layer, S2FTLayer) and layer.merged and in_fused_attention(model, name):
                 raise ValueError(f"{name} has fused projections; call unfuse_qkv_projections() before unfuse_s2ft().")
-    with _offloading_paused(self):
-        for layer in _layers(self):
+    with offloading_paused(self):
+        for layer in s2ft_layers(self):
             if layer.merged:
                 layer.unmerge()
-
-
-def s2ft_adapters(self: DiffusionPipeline) -> list[str]:
-    """Names of the pipeline's S2FT adapters, in the order of loading."""
-    names = [name for model in adaptable_components(self).values() for name in s2ft_configs(model)]
-    return list(dict.fromkeys(names))
-
-
-def _layers(pipeline: DiffusionPipeline) -> list[S2FTLayer]:
-    models = adaptable_components(pipeline).values()
-    return [module for model in models for module in model.modules() if isinstance(module, S2FTLayer)]
-
-
-@contextmanager
-def _offloading_paused(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Offload hooks hold on to modules by place: take them off while layers change, as diffusers does for LoRA."""
-    model_offload, sequential_offload, group_offload = _func_optionally_disable_offloading(pipeline)
-    try:
-        yield
-    finally:
-        if model_offload:
-            pipeline.enable_model_cpu_offload()
-        elif sequential_offload:
-            pipeline.enable_sequential_cpu_offload()
-        elif group_offload:
-            for component in pipeline.components.values():
-                if isinstance(component, nn.Module):
-                    _maybe_remove_and_reapply_group_offloading(component)
-
-
-# What diffusers does not know of -------------------------------------------------------------------------------------
-
-
-def _guard_unload_lora(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Unloading LoRAs strips every PEFT layer; S2FT layers are put back, the very same, with all their state."""
-
-    @functools.wraps(original)
-    def unload_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = [(model, _s2ft_chains(model), s2ft_configs(model)) for model in adaptable_components(self).values()]
-        result = original(self, *args, **kwargs)
-        for model, chains, configs in kept:
-            for name, layers in chains.items():
-                module = model.get_submodule(name)
-                for layer in layers:
-                    layer.base_layer = module
-                    module = layer
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module)
-            if chains:
-                model.peft_config = configs
-                model._hf_peft_config_loaded = True
-        return result
-
-    return unload_lora_weights
-
-
-def _s2ft_chains(model: nn.Module) -> dict[str, list[S2FTLayer]]:
-    """The S2FT layers around each linear layer, the innermost first, by the linear layer's name."""
-    chains: dict[str, list[S2FTLayer]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, S2FTLayer) and module.s2ft_delta:
-            chains.setdefault(module_name(name), []).insert(0, module)
-    return chains
 
 
 VERBS = (load_s2ft_weights, save_s2ft_weights, save_s2ft_as_lora, unload_s2ft_weights, fuse_s2ft, unfuse_s2ft)
@@ -293,11 +256,11 @@ VERBS = (load_s2ft_weights, save_s2ft_weights, save_s2ft_as_lora, unload_s2ft_we
 
 def install() -> None:
     """Give every pipeline the verbs, and diffusers' own methods their guards; doing it twice changes nothing."""
-    if getattr(DiffusionPipeline, "load_s2ft_weights", None) is load_s2ft_weights:
+    if hasattr(DiffusionPipeline, "load_s2ft_weights"):
         return
     for verb in VERBS:
         setattr(DiffusionPipeline, verb.__name__, verb)
-    LoraBaseMixin.unload_lora_weights = _guard_unload_lora(LoraBaseMixin.unload_lora_weights)
+    install_guards()
 
 
 install()

@@ -189,7 +189,7 @@ def check_base(base_dir: Path, count: int, count_open: int, work_dir: Path) -> d
         "confidence_on_open_prompts": {name: round(mean, 4) for name, mean in confident.items()},
     }
     work_dir.mkdir(parents=True, exist_ok=True)
-    (Path(base_dir) / "check.json").write_text(json.dumps(report, indent=2) + "\n")
+    (Path(base_dir) / "check.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for name, made in (("prompted", images), ("open", open_images)):
         contact_sheet(made[:120], 12).save(work_dir / f"{Path(base_dir).name}-{name}.png")
     return report

@@ -24,6 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -371,6 +372,10 @@ def save_base(
     )
     pipeline.to("cpu", torch.float16).to(memory_format=torch.contiguous_format)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # As the checkpoints on the hub name them, for transformers before 5.6: newer ones read both.
+    weights_path = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(weights_path).items()}
+    save_file(weights, weights_path, {"format": "pt"})
     # transformers loads in the type that the config names; half precision is for storage alone.
     config_path = folder / "text_encoder" / "config.json"
     config = json.loads(config_path.read_text())

@@ -132,8 +132,12 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
                 delta.forget()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """PEFT's `set_adapter`; what adapters that are no longer active have made is let go."""
+        """PEFT's `set_adapter`, but that adapters whose config says `inference_mode` (those that were loaded) stay
+        frozen; what adapters that are no longer active have made is let go."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        for name, delta in self.s2ft_delta.items():
+            if self.s2ft_config[name].inference_mode:
+                delta.requires_grad_(False)
         self.prepare()
 
     # Scales

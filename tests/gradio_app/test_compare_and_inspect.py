@@ -12,6 +12,7 @@ from app import compare, inspection
 from app.history import History, load_png, settings_of, user_folder
 from app.limits import RequestError
 from s2ft_diffusion.adapters.file import read_adapter
+from s2ft_diffusion.adapters.names import canonical_name
 from tests.gradio_app.conftest import settings
 
 
@@ -34,14 +35,14 @@ def test_sheet_holds_each_variant_at_each_seed(engine, library, ids) -> None:
             assert np.array_equal(np.asarray(found), np.asarray(wanted))
 
 
-def test_energies_are_those_of_the_layers_own_deltas(adapters, pipe) -> None:
+def test_energies_are_those_of_the_layers_own_deltas(adapters, toybox_pipe) -> None:
     path = adapters / "both.safetensors"
-    pipe.load_s2ft_weights(path, adapter_name="x")
+    toybox_pipe.load_s2ft_weights(path, adapter_name="x")
     found = dict(inspection.energies(path))
     wanted = {
-        f"{component}.{name}": float(module.get_delta_weight("x").norm())
+        f"{component}.{canonical_name(component, name)}": float(module.get_delta_weight("x").norm())
         for component in ("unet", "text_encoder")
-        for name, module in getattr(pipe, component).named_modules()
+        for name, module in getattr(toybox_pipe, component).named_modules()
         if hasattr(module, "s2ft_delta")
     }
     assert found.keys() == wanted.keys()

@@ -15,6 +15,8 @@ from PIL import Image
 from app.limits import RequestError
 from app.training import UNFINISHED, Job, TrainingQueue, store_photos
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch) -> None:

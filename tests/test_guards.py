@@ -1,0 +1,224 @@
+"""diffusers' own verbs beside S2FT: each takes what is its own, and what is loaded last is what images show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AnimateDiffPipeline, ControlNetModel, MotionAdapter, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from s2ft_diffusion import S2FTLayer
+from tests.conftest import add, copy_of, generate, same_state, second_folder, state
+
+
+@pytest.fixture
+def lora(pipe, tmp_path):
+    """A folder with a LoRA of the denoiser, and what the pipeline makes with it."""
+    other = copy_of(pipe)
+    torch.manual_seed(3)
+    other.unet.add_adapter(LoraConfig(target_modules=["to_q", "to_k"], r=2, lora_alpha=2, init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(other.unet))
+    return tmp_path / "lora", generate(other)
+
+
+def layers(pipe) -> list[S2FTLayer]:
+    return [module for module in pipe.unet.modules() if isinstance(module, S2FTLayer)]
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+# Loaded last is active -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_the_adapter_loaded_last_is_what_images_show(pipe, folder, lora, lora_first) -> None:
+    loads = [
+        (lambda: pipe.load_lora_weights(lora[0], adapter_name="style"), lora[1]),
+        (lambda: pipe.load_s2ft_weights(folder[0], adapter_name="dog"), folder[1]),
+    ]
+    for load, expected in loads if lora_first else loads[::-1]:
+        load()
+        close(generate(pipe), expected)
+    assert pipe.get_active_adapters() == (["dog"] if lora_first else ["style"])
+
+
+def test_loading_switches_adapters_on(pipe, folder, tmp_path) -> None:
+    path, expected = folder
+    pipe.load_s2ft_weights(second_folder(copy_of(pipe), tmp_path))
+    pipe.disable_lora()
+    pipe.load_s2ft_weights(path)
+    assert torch.equal(generate(pipe), expected)
+
+
+@pytest.mark.parametrize("verb", [lambda p: p.set_adapters("s2ft_0", 0.5), lambda p: p.enable_lora()])
+def test_what_was_loaded_stays_frozen(pipe, folder, tmp_path, verb) -> None:
+    pipe.load_s2ft_weights(folder[0])
+    add(pipe, "trained", seed=1)
+    pipe.set_adapters(["s2ft_0", "trained"])
+    verb(pipe)
+    trainable = {name for name, parameter in pipe.unet.named_parameters() if parameter.requires_grad}
+    assert not any("s2ft_0" in name for name in trainable)
+    pipe.set_adapters("trained")
+    assert {p.requires_grad for n, p in pipe.unet.named_parameters() if "trained.coefficients" in n} == {True}
+
+
+# Tensors of inference mode -------------------------------------------------------------------------------------------
+
+
+def test_loaded_under_inference_mode(pipe, folder, tmp_path) -> None:
+    path, expected = folder
+    second = second_folder(copy_of(pipe), tmp_path)
+    with torch.inference_mode():
+        pipe.load_s2ft_weights(path, adapter_name="a")
+        assert torch.equal(generate(pipe), expected)
+    pipe.set_adapters("a", 0.5)
+    pipe.disable_lora()
+    pipe.enable_lora()
+    pipe.set_adapters("a")
+    assert torch.equal(generate(pipe), expected)
+    pipe.fuse_s2ft()
+    pipe.unfuse_s2ft()
+    assert pipe.save_s2ft_weights(tmp_path / "again").read_bytes() == next(path.iterdir()).read_bytes()
+    with torch.inference_mode():
+        pipe.load_s2ft_weights(second, adapter_name="a", hotswap=True)
+    pipe.load_s2ft_weights(path, adapter_name="a", hotswap=True)
+    assert torch.equal(generate(pipe), expected)
+
+
+# Each takes its own --------------------------------------------------------------------------------------------------
+
+
+def test_set_lora_device(pipe, folder, lora) -> None:
+    pipe.load_lora_weights(lora[0], adapter_name="style")
+    pipe.load_s2ft_weights(folder[0], adapter_name="dog")
+    pipe.set_lora_device(["dog"], "meta")
+    where = {parameter.device.type for layer in layers(pipe) for parameter in layer.s2ft_delta["dog"].parameters()}
+    assert where == {"meta"}
+    pipe.set_lora_device(["style"], "meta")
+    pipe.delete_adapters("dog")
+    pipe.set_lora_device(["style"], "meta")
+    assert {p.device.type for n, p in pipe.unet.named_parameters() if "lora_" in n} == {"meta"}
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_fusing_takes_its_own(pipe, folder, lora, lora_first) -> None:
+    before = state(pipe)
+    loads = [
+        lambda: pipe.load_lora_weights(lora[0], adapter_name="style"),
+        lambda: pipe.load_s2ft_weights(folder[0], adapter_name="dog"),
+    ]
+    for load in loads if lora_first else loads[::-1]:
+        load()
+    pipe.set_adapters(["dog", "style"])
+    both = generate(pipe)
+    pipe.fuse_lora()
+    assert not any(layer.merged for layer in layers(pipe))
+    assert pipe.fused_loras == {"style"}
+    close(generate(pipe), both)
+    pipe.fuse_s2ft()
+    close(generate(pipe), both)
+    pipe.unfuse_lora()
+    assert all(layer.merged for layer in layers(pipe))
+    close(generate(pipe), both)
+    pipe.unfuse_s2ft()
+    close(generate(pipe), both)
+    with pytest.raises(ValueError, match="'dog' is an S2FT adapter; fuse it with fuse_s2ft"):
+        pipe.fuse_lora(adapter_names=["dog"])
+    with pytest.raises(ValueError, match="no S2FT adapter named 'style'"):
+        pipe.fuse_s2ft(adapter_names=["style"])
+    pipe.unload_s2ft_weights()
+    close(generate(pipe), lora[1])
+    pipe.unload_lora_weights()
+    after = state(pipe)
+    assert after.keys() == before.keys()
+    assert all(torch.allclose(after[name], tensor, atol=1e-5) for name, tensor in before.items())
+
+
+def test_a_fused_scale_is_not_left_behind(pipe, folder, lora) -> None:
+    pipe.load_lora_weights(lora[0], adapter_name="style")
+    pipe.load_s2ft_weights(folder[0], adapter_name="dog")
+    pipe.set_adapters(["dog", "style"], [1.0, 0.0])
+    alone = generate(pipe)
+    pipe.fuse_lora(lora_scale=0.5)
+    close(generate(pipe), alone)
+
+
+def test_a_second_adapter_beside_a_fused_one(pipe, folder, tmp_path) -> None:
+    pipe.load_s2ft_weights(folder[0], adapter_name="a")
+    pipe.load_s2ft_weights(second_folder(copy_of(pipe), tmp_path), adapter_name="b")
+    pipe.set_adapters("a")
+    pipe.fuse_s2ft()
+    with pytest.raises(ValueError, match=r"'a' is fused, and 'b' would do nothing beside it; call unfuse_s2ft\(\)"):
+        pipe.set_adapters(["a", "b"])
+    pipe.set_adapters("a")
+    pipe.unfuse_s2ft()
+    pipe.set_adapters("b")
+
+
+# What stays behind ---------------------------------------------------------------------------------------------------
+
+
+def test_deleting_the_last_adapter_leaves_no_trace(pipe, folder, tmp_path) -> None:
+    path, expected = folder
+    before, base = state(pipe), generate(pipe)
+    pipe.load_s2ft_weights(path)
+    with pytest.raises(ValueError, match=r"S2FT adapters \(s2ft_0\).*unload_s2ft_weights\(\) first"):
+        pipe.save_pretrained(tmp_path / "mixed")
+    pipe.delete_adapters("s2ft_0")
+    assert same_state(pipe, before)
+    assert not any(isinstance(module, BaseTunerLayer) for module in pipe.unet.modules())
+    pipe.save_pretrained(tmp_path / "base")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "base", safety_checker=None)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(generate(again), base)
+    pipe.load_s2ft_weights(path)
+    assert torch.equal(generate(pipe), expected)
+    pipe.unet.delete_adapters("s2ft_0")
+    assert same_state(pipe, before)
+
+
+def test_models_made_of_an_adapted_one(pipe, folder) -> None:
+    pipe.load_s2ft_weights(folder[0])
+    with pytest.raises(ValueError, match=r"ControlNetModel.from_unet copies .*unload_s2ft_weights\(\) first"):
+        ControlNetModel.from_unet(pipe.unet)
+    motion = MotionAdapter(block_out_channels=(32, 64), motion_layers_per_block=1, motion_norm_num_groups=8)
+    with pytest.raises(ValueError, match=r"unload_s2ft_weights\(\) first"):
+        AnimateDiffPipeline.from_pipe(pipe, motion_adapter=motion)
+    pipe.unload_s2ft_weights()
+    assert isinstance(ControlNetModel.from_unet(pipe.unet), ControlNetModel)
+
+
+def test_a_failing_prompt_leaves_no_scale(pipe, tmp_path) -> None:
+    add(pipe, text=True)
+    pipe.save_s2ft_weights(tmp_path)
+    pipe.unload_s2ft_weights()
+    pipe.load_s2ft_weights(tmp_path)
+    expected = generate(pipe)
+    with pytest.raises(TypeError, match="negative_prompt"):
+        generate(pipe, negative_prompt=5, cross_attention_kwargs={"scale": 0.5})
+    assert torch.equal(generate(pipe), expected)
+
+
+# Better said ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train", "half", "keys", "weight.x", ""])
+def test_names_that_modules_use(pipe, folder, name) -> None:
+    before = state(pipe)
+    with pytest.raises(ValueError, match="name"):
+        pipe.load_s2ft_weights(folder[0], adapter_name=name)
+    assert same_state(pipe, before)
+
+
+def test_a_denoiser_inside_a_peft_model(pipe, folder) -> None:
+    path, expected = folder
+    inner = pipe.unet
+    pipe.unet = get_peft_model(inner, LoraConfig(target_modules=["to_q"], r=2))
+    with pytest.raises(ValueError, match=r"unet is wrapped in a PeftModel.*pipe\.unet = pipe\.unet\.unload\(\)"):
+        pipe.load_s2ft_weights(path)
+    pipe.unet = pipe.unet.unload()
+    pipe.load_s2ft_weights(path)
+    assert torch.equal(generate(pipe), expected)
