@@ -12,12 +12,13 @@ from pathlib import Path
 import gradio as gr
 from filelock import FileLock, Timeout
 
-from .actions import App
+from .app import App
 from .arguments import ROOT
 from .engine import Engine
+from .frontend import CSS
 from .history import History
-from .interface import CSS, Page, theme
 from .library import Library
+from .page import Page, theme
 from .training import TrainingQueue
 
 logger = logging.getLogger("app")

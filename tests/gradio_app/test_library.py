@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from app.descriptions import details
 from app.library import Library, plain
 from app.limits import RequestError
+from app.tabs.library import details
 from app.words import drawn
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
 
