@@ -13,6 +13,7 @@ from filelock import BaseFileLock
 from .engine import Engine
 from .history import History
 from .library import Library
+from .prompts import exchanged
 from .running import Running
 from .training import TrainingQueue
 
@@ -43,13 +44,19 @@ class App:
         if self.lock is not None:
             self.lock.release()
 
-    def choices(self) -> list[tuple[str, str]]:
-        """Labels and ids for a dropdown."""
-        return [("none", NONE), *self.library.choices()]
-
     def prompt_of(self, adapter: str) -> str:
         """An adapter's instance prompt, "" where it says none."""
         return (self.library.get(adapter).info.instance_prompt or "") if adapter else ""
+
+    def exchanged(self, prompt: str, adapter: str, second: str = NONE) -> str:
+        """The prompt for an adapter that was just chosen: what was written stays, only the trigger words change."""
+        others = [entry.info.instance_prompt for entry in self.library.search() if entry.id not in (adapter, second)]
+        return exchanged(prompt or "", self.prompt_of(adapter), others)
+
+    def file_name(self, adapter: str) -> str:
+        """What to call a file that is about an adapter."""
+        name = self.library.get(adapter).name if adapter else "base"
+        return "".join(c if c.isalnum() else "-" for c in name).strip("-")[:60] or "adapter"
 
 
 def user_of(request: gr.Request) -> str | None:

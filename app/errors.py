@@ -15,14 +15,19 @@ from .limits import RequestError
 logger = logging.getLogger("app")
 
 
-def polite(action: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors into messages: those meant for the person as they are, all others without their details."""
+def polite(action: Callable[..., Any], failed: Callable[[str], tuple[Any, ...]] | None = None) -> Callable[..., Any]:
+    """Turn errors into messages: those meant for the person as they are, all others without their details.
 
-    def translate(error: Exception) -> gr.Error:
+    Args:
+        action: a function or generator that an event calls.
+        failed: for a generator, what it shows last, made of the message.
+    """
+
+    def words(error: Exception) -> str:
         if isinstance(error, RequestError):
-            return gr.Error(str(error), print_exception=False)
+            return str(error)
         logger.exception("%s failed", action.__name__)
-        return gr.Error("Something went wrong here; the server's log says what.", print_exception=False)
+        return "Something went wrong here; the server's log says what."
 
     @wraps(action)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -31,7 +36,7 @@ def polite(action: Callable[..., Any]) -> Callable[..., Any]:
         except gr.Error:
             raise
         except Exception as error:
-            raise translate(error) from None
+            raise gr.Error(words(error), print_exception=False) from None
 
     @wraps(action)
     def iterate(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -40,6 +45,9 @@ def polite(action: Callable[..., Any]) -> Callable[..., Any]:
         except gr.Error:
             raise
         except Exception as error:
-            raise translate(error) from None
+            message = words(error)
+            if failed is not None:
+                yield failed(message)
+            raise gr.Error(message, print_exception=False) from None
 
     return iterate if inspect.isgeneratorfunction(action) else run

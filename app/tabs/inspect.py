@@ -1,4 +1,4 @@
-"""The Inspect tab."""
+"""The Inspect tab: what is in an adapter."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from ..errors import polite
 if TYPE_CHECKING:
     from ..page import Page
 
+PRIVATE = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+
 
 class InspectTab:
     def __init__(self, page: Page) -> None:
         self.page, self.app = page, page.app
 
     def build(self) -> None:
-        with gr.Row():
-            adapter = self.page.adapter_choice("Adapter", self.page.first)
-            layer = gr.Dropdown([], label="Layer", value="", allow_custom_value=True)
-            go = gr.Button(
-                "Inspect", variant="primary", min_width=120, scale=0, elem_id="inspect", elem_classes="beside"
-            )
-        plot = gr.BarPlot(x="number", y="size", title="Size of each layer's weight change", height=240, tooltip="all")
-        pictures = gr.Gallery(label="The layer", format="png", columns=3, height=430, elem_id="pictures")
-        gr.on(
-            [go.click, layer.input],
-            polite(self.inspect),
-            [adapter, layer],
-            [plot, pictures, layer],
-            api_name="inspect",
+        self.adapter = self.page.adapter_tiles("Adapter", self.page.first, none=False, elem_id="inspected")
+        self.go = gr.Button("Inspect", variant="primary", interactive=bool(self.page.first), scale=0, elem_id="inspect")
+        self.plot = gr.BarPlot(
+            x="number", y="size", title="Size of each layer's weight change", height=240, tooltip="all"
         )
-        adapter.input(lambda: "", None, layer, api_visibility="private", queue=False)
+        self.layer = gr.Dropdown([], label="Layer", value="", filterable=False, visible=False, elem_id="layer")
+        self.pictures = gr.Gallery(label="The layer", format="png", columns=3, height=430, elem_id="pictures")
+
+    def wire(self) -> None:
+        asked = gr.Textbox("", visible=False)  # the layer's name as programs give it: any, checked here
+        shown = [self.plot, self.pictures, self.layer]
+        asked.submit(polite(self.inspect), [self.adapter, asked], shown, api_name="inspect")
+        self.go.click(polite(self.inspect), self.adapter, shown, api_visibility="private")
+        self.layer.input(polite(self.inspect), [self.adapter, self.layer], shown, api_visibility="private")
+        self.adapter.change(lambda adapter: gr.update(interactive=bool(adapter)), self.adapter, self.go, **PRIVATE)
 
     # What the buttons do
 
@@ -52,4 +53,4 @@ class InspectTab:
         layer = layer if layer in names else max(sizes, key=lambda pair: pair[1])[0]
         rounded = [round(size, 4) for _, size in sizes]
         frame = pd.DataFrame({"number": range(1, len(names) + 1), "layer": names, "size": rounded})
-        return frame, inspection.pictures(entry.path, layer), gr.update(choices=names, value=layer)
+        return frame, inspection.pictures(entry.path, layer), gr.update(choices=names, value=layer, visible=True)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,9 @@ from PIL import Image
 
 from app.limits import RequestError
 from app.training import UNFINISHED, Job, TrainingQueue, store_photos
+from tests.gradio_app.conftest import PATIENCE, until
+
+pytestmark = pytest.mark.timeout(3 * PATIENCE)
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +28,6 @@ def queue(library, tmp_path):
     queue = TrainingQueue(tmp_path / "trainings", "toybox", lambda path: library.add(path).id)
     yield queue
     queue.close()
-
-
-def until(condition, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def submit(queue: TrainingQueue, photos: Path, **values) -> Job:
