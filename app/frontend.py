@@ -53,8 +53,8 @@ footer {display: none !important}
 .line.small {font-size: 0.8rem; min-height: 1.3em; color: var(--body-text-color-subdued)}
 .line.warns, .line.warns.small {color: #b42318}
 .dark .line.warns, .dark .line.warns.small {color: #fda29b}
-#drop-here {display: none}
-.dropping #drop-here {display: block}
+#sheet .icon-button-wrapper {top: auto !important; bottom: 6px !important}
+#stage.dropping #restore {outline: 3px dashed var(--primary-500)}
 
 @media (max-width: 720px) {
   .gradio-container, .gradio-container .app {padding: 8px !important}
@@ -140,6 +140,7 @@ window.s2ft = {
     if (address.href !== location.href) history[push ? 'pushState' : 'replaceState']({}, '', address);
   },
   tab(name) {
+    if (!this.ready) return;  // until what the address says has been read
     const now = new URL(location).searchParams.get('tab') || 'generate';
     if (now !== name) this.write({tab: name}, true);
   },
@@ -148,7 +149,7 @@ window.s2ft = {
     return {__type__: 'update', selected: tabs.includes(name) ? name : 'generate'};
   },
   remember(defaults, values, random) {
-    if (!this.ready) return;  // until what the address says has been read
+    if (!this.ready) return;
     clearTimeout(this.later);
     this.later = setTimeout(() => {
       const changes = {};

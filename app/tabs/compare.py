@@ -78,7 +78,8 @@ class CompareTab:
         comparison = start.then(
             polite(self.compare_grid, failed), self.settings, shown, api_name="compare_grid", **options
         )
-        comparison.then(lambda: self.ended(), None, [self.go, self.stop], **QUIET)
+        for end in (comparison.then, comparison.failure):
+            end(self.ended, None, [self.go, self.stop], **QUIET)
         self.stop.click(self.stopped, self.status, [self.status, self.go, self.stop], cancels=comparison, **QUIET)
         self.adapters.change(lambda chosen: gr.update(interactive=bool(chosen)), self.adapters, self.go, **QUIET)
         # The endpoint as programs know it: one adapter or two.

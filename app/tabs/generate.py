@@ -94,10 +94,10 @@ class GenerateTab:
                     )
                     self.steps, self.guidance, self.scheduler = self.page.sampling()
                     self.negative = gr.Textbox("", label="Negative prompt", max_length=limits.PROMPT_LENGTH)
-                    self.restored = gr.File(
-                        label="A PNG made here: have its settings back (or drop it anywhere on this tab)",
-                        file_types=[".png"], height=110, elem_id="restore",
-                    )  # fmt: skip
+                self.restored = gr.File(
+                    label="A PNG made here: have its settings back (or drop it anywhere on this tab)",
+                    file_types=[".png"], height=110, elem_id="restore",
+                )  # fmt: skip
         self.made = gr.State({"wanted": 0, "images": [], "settings": []})
         self.chosen = gr.State(0)  # which of the images shown
         self.settings = [
@@ -124,7 +124,8 @@ class GenerateTab:
             **self.page.busy,
         )
         ended = [self.go, self.stop, self.again, self.contrast, self.chosen]
-        generation.then(self.ended, self.made, ended, **QUIET)
+        for end in (generation.then, generation.failure):
+            end(self.ended, self.made, ended, **QUIET)
         self.stop.click(
             self.stopped, [self.status, self.made], [*shown[:3], *ended], cancels=generation, **QUIET
         )  # an event is let go only between what it shows; the engine is told too

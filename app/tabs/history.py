@@ -60,9 +60,10 @@ class HistoryTab:
         acting = [self.about, self.use, self.contrast, self.favour, self.remove]
         listing = {"fn": polite(self.list_history), "inputs": self.kept, "outputs": [self.gallery, self.ids]}
         cleared = {"fn": lambda: (NONE, gr.update(selected_index=None)), "outputs": [self.chosen, self.gallery]}
+        showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting}
         self.refresh.click(**listing, api_name="list_history")
         for event in (self.page.selected["history"].select, self.kept.input):
-            event(**cleared, **QUIET).then(**listing, **PRIVATE)
+            event(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
 
         def choose(ids: list[str], event: gr.SelectData) -> str:
             return ids[event.index] if 0 <= event.index < len(ids) else NONE
@@ -74,13 +75,12 @@ class HistoryTab:
             return self.page.compare.filled(self.image_settings(image, request))
 
         generate = self.page.generate
-        self.gallery.select(choose, self.ids, self.chosen, **QUIET)
-        self.chosen.change(polite(self.show), self.chosen, acting, **QUIET)
+        self.gallery.select(choose, self.ids, self.chosen, **QUIET).then(**showing, **QUIET)
         self.use.click(polite(fill), self.chosen, [*generate.settings, generate.random, self.page.tabs], **PRIVATE)
         self.contrast.click(polite(contrast), self.chosen, [*self.page.compare.settings, self.page.tabs], **PRIVATE)
         self.favour.click(polite(self.favourite_image), self.chosen, None, **PRIVATE).success(
             **listing, **PRIVATE
-        ).then(polite(self.show), self.chosen, acting, **QUIET)
+        ).then(**showing, **QUIET)
 
         def remove(image: str, request: gr.Request) -> Any:
             return self.delete_image(image, request) and NONE if image else gr.skip()
@@ -91,7 +91,7 @@ class HistoryTab:
             self.chosen,
             js="image => confirm('Delete this picture for good?') ? image : ''",
             **PRIVATE,
-        ).success(**cleared, **QUIET).then(**listing, **PRIVATE)
+        ).success(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
         for action in (self.image_settings, self.favourite_image, self.delete_image):
             gr.api(polite(action), api_name=action.__name__, queue=False)
 

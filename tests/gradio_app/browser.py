@@ -107,14 +107,14 @@ def wait_for_image(page: playwright.Page, where: str = "#results") -> None:
 
 def generated(page: playwright.Page) -> bytes:
     """Click Generate, wait until it is done; the picture's bytes as the page has them."""
-    before = page.locator("#results img").first.get_attribute("src") if page.locator("#results img").count() else ""
+    page.locator("#generate:enabled").wait_for()
+    page.evaluate("document.querySelector('#status .line').textContent = ''")  # what the last one said
     button(page, "Generate").click()
     page.wait_for_function(
-        "before => document.querySelector('#results img')?.naturalWidth > 0"
-        " && document.querySelector('#results img').src !== before"
-        " && document.querySelector('#status .line').textContent === 'done'",
-        arg=before,
+        "document.querySelector('#results img')?.naturalWidth > 0"
+        " && document.querySelector('#status .line').textContent === 'done'"
     )
+    page.locator("#generate:enabled").wait_for()
     return page.request.get(page.locator("#results img").first.get_attribute("src")).body()
 
 

@@ -178,7 +178,6 @@ def test_a_picture_gives_its_settings_back(page, tmp_path) -> None:
     made.write_bytes(generated(page))
     address = page.url.split("?")[0]
     open_page(page, address)
-    page.get_by_role("button", name="More").locator("visible=true").click()
     # dropped on the tab, not on the field
     page.evaluate(
         """([name, bytes]) => {

@@ -45,9 +45,9 @@ def images(result: tuple) -> list[Image.Image]:
     return [Image.open(item["image"]) for item in result[1]]
 
 
-def test_the_readmes_example(served, tmp_path, monkeypatch) -> None:
-    """The Python code of the README's section on the API, with this server's address."""
-    section = (ROOT / "README.md").read_text().split("### The API")[1]
+def test_the_manuals_example(served, tmp_path, monkeypatch) -> None:
+    """The Python code of the section on the API in docs/app.md, with this server's address."""
+    section = (ROOT / "docs" / "app.md").read_text().split("## The API")[1]
     code = re.search(r"```python\n(.*?)```", section, re.S).group(1)
     assert "http://127.0.0.1:7860" in code
     monkeypatch.chdir(tmp_path)
