@@ -168,7 +168,8 @@ class Engine:
         with self._counting:  # a tokenizer keeps how it pads
             tokens = self._tokenizer(prompt, truncation=False, verbose=False).input_ids
             limit = self._tokenizer.model_max_length
-            return len(tokens), limit, self._tokenizer.decode(tokens[limit - 1 : -1]) if len(tokens) > limit else ""
+            unread = self._tokenizer.decode(tokens[limit - 1 : -1]) if len(tokens) > limit else ""
+            return len(tokens), limit, unread.replace("</w>", " ").strip()
 
     def generate(self, settings: Settings, library: Library, listener: Listener | None = None) -> list[Image.Image]:
         """The images, each with its settings in `image.info`; waits for a free pipeline.

@@ -106,6 +106,8 @@ class GenerateTab:
         ]  # fmt: skip
 
     def wire(self) -> None:
+        gr.api(polite(self.cancel), api_name="cancel", queue=False)
+        gr.api(polite(self.count_tokens), api_name="count_tokens", queue=False)
         start = gr.on(
             [self.go.click, self.prompt.submit],
             None,
@@ -129,7 +131,6 @@ class GenerateTab:
         self.stop.click(
             self.stopped, [self.status, self.made], [*shown[:3], *ended], cancels=generation, **QUIET
         )  # an event is let go only between what it shows; the engine is told too
-        gr.api(polite(self.cancel), api_name="cancel", queue=False)
 
         def choose(event: gr.SelectData) -> int:
             return event.index
@@ -150,7 +151,6 @@ class GenerateTab:
         self.restored.upload(
             polite(self.restore), self.restored, [*self.settings, self.random, self.status, self.restored], **PRIVATE
         )
-        gr.api(polite(self.count_tokens), api_name="count_tokens", queue=False)
 
     # What the buttons do
 

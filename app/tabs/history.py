@@ -57,6 +57,8 @@ class HistoryTab:
         self.ids, self.chosen = gr.JSON([], visible=False), gr.State(NONE)
 
     def wire(self) -> None:
+        for action in (self.image_settings, self.favourite_image, self.delete_image):
+            gr.api(polite(action), api_name=action.__name__, queue=False)
         acting = [self.about, self.use, self.contrast, self.favour, self.remove]
         listing = {"fn": polite(self.list_history), "inputs": self.kept, "outputs": [self.gallery, self.ids]}
         cleared = {"fn": lambda: (NONE, gr.update(selected_index=None)), "outputs": [self.chosen, self.gallery]}
@@ -92,8 +94,6 @@ class HistoryTab:
             js="image => confirm('Delete this picture for good?') ? image : ''",
             **PRIVATE,
         ).success(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
-        for action in (self.image_settings, self.favourite_image, self.delete_image):
-            gr.api(polite(action), api_name=action.__name__, queue=False)
 
     # What the buttons do
 

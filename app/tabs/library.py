@@ -77,6 +77,9 @@ class LibraryTab:
                 )
 
     def wire(self) -> None:
+        gr.api(polite(self.list_adapters), api_name="list_adapters", queue=False)
+        gr.api(polite(self.delete_adapter), api_name="delete_adapter", queue=False)
+        gr.api(polite(self.rename_adapter), api_name="rename_adapter", queue=False)
         chosen = [self.about, self.use, self.download, self.own, self.name]
         looking = [polite(self.look_again), [self.words, self.sort], [self.tiles, *self.page.adapter_parts]]
         for event in (self.look.click, self.words.submit, self.page.selected["library"].select, self.page.blocks.load):
@@ -107,9 +110,6 @@ class LibraryTab:
             *looking, **PRIVATE
         ).then(self.uploaded, record, [self.tiles, self.upload], **QUIET)
         adapter.submit(polite(self.download_adapter), adapter, path, api_name="download_adapter")
-        gr.api(polite(self.list_adapters), api_name="list_adapters", queue=False)
-        gr.api(polite(self.delete_adapter), api_name="delete_adapter", queue=False)
-        gr.api(polite(self.rename_adapter), api_name="rename_adapter", queue=False)
 
     # What the buttons do
 

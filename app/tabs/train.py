@@ -92,7 +92,7 @@ class TrainTab:
                     self.kind = gr.Textbox(label="What it is", placeholder="cat", min_width=120, elem_id="kind")
                 self.steps = gr.Slider(*limits.TRAIN_STEPS, value=500, step=10, label="Steps", elem_id="train-steps")
                 self.numbers = gr.Slider(
-                    *limits.TRAIN_NUMBERS, value=8000, step=100, label="Trainable numbers a layer", elem_id="numbers"
+                    *limits.TRAIN_NUMBERS, value=2000, step=100, label="Trainable numbers a layer", elem_id="numbers"
                 )
                 with gr.Row():
                     self.go = gr.Button("Train", variant="primary", interactive=False, elem_id="train")
@@ -111,6 +111,8 @@ class TrainTab:
         self.status = gr.JSON(visible=False)
 
     def wire(self) -> None:
+        gr.api(polite(self.training_status), api_name="training_status", queue=False)
+        gr.api(polite(self.cancel_training), api_name="cancel_training", queue=False)
         shown = [self.report, self.curve, self.samples, self.timer, self.stop, self.try_it, self.adapter]
         show = polite(self.show_training)
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
@@ -140,8 +142,6 @@ class TrainTab:
         self.photos.change(
             lambda photos: gr.update(value=photos or [], visible=bool(photos)), self.photos, self.thumbnails, **quiet
         )
-        gr.api(polite(self.training_status), api_name="training_status", queue=False)
-        gr.api(polite(self.cancel_training), api_name="cancel_training", queue=False)
 
     # What the buttons do
 

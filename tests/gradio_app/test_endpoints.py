@@ -305,7 +305,7 @@ def test_inspect(client, named) -> None:
     _, other, _ = client.predict(
         adapter=named["both"], layer="text_encoder.text_model.encoder.layers.0.self_attn.q_proj", api_name="/inspect"
     )
-    assert "100 positions" in other[0]["caption"]
+    assert " numbers, by size" in other[0]["caption"]
 
 
 def test_history(client, named) -> None:

@@ -34,7 +34,7 @@ def test_headers_alone(library, adapters, monkeypatch) -> None:
         "instance_prompt": "a photo of sks cat",
         "base": "toybox",
         "bytes": (adapters / "cat.safetensors").stat().st_size,
-        "trainable": 28 * 200,
+        "trainable": 28 * 196,
         "date": "2026-01-01",
         "usable": True,
         "reason": None,
