@@ -11,6 +11,7 @@ import copy
 import gc
 import json
 import queue
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -77,7 +78,7 @@ class Settings:
             adapters=tuple(adapters),
             steps=limits.whole("The number of steps", values.get("steps"), limits.STEPS),
             guidance=limits.number("The guidance", values.get("guidance"), limits.GUIDANCE),
-            seed=limits.whole("The seed", values.get("seed"), (0, limits.SEEDS - 1)),
+            seed=limits.seed(values.get("seed")),
             images=limits.whole("The number of images", values.get("images"), limits.IMAGES),
             scheduler=values["scheduler"],
         )
@@ -106,6 +107,10 @@ class Listener:
 
     on_step: Callable[[int, int, Callable[[], Image.Image]], None] = lambda done, total, preview: None
     cancelled: Callable[[], bool] = lambda: False
+
+    def part(self, before: int, total: int) -> Listener:
+        """A listener for a part of a larger work: `before` of its `total` steps are done by then."""
+        return replace(self, on_step=lambda done, _, preview: self.on_step(before + done, total, preview))
 
 
 @dataclass
@@ -148,6 +153,7 @@ class Engine:
         self.threads = ThreadPoolExecutor(pipelines, thread_name_prefix="generate")
         first = self.threads.submit(self._load, pipelines).result()
         self.scheduler_config = dict(first.scheduler.config)
+        self._tokenizer, self._counting = copy.deepcopy(first.tokenizer), threading.Lock()
         self.components: Mapping[str, torch.nn.Module] = {"unet": first.unet, "text_encoder": first.text_encoder}
 
     def _load(self, pipelines: int) -> StableDiffusionPipeline:
@@ -156,6 +162,14 @@ class Engine:
         for number in range(pipelines):
             self._workers.put(Worker(first if number == 0 else _copy(first)))
         return first
+
+    def tokens(self, prompt: str) -> tuple[int, int, str]:
+        """How many tokens a prompt has, how many the text encoder reads, and the words after those."""
+        with self._counting:  # a tokenizer keeps how it pads
+            tokens = self._tokenizer(prompt, truncation=False, verbose=False).input_ids
+            limit = self._tokenizer.model_max_length
+            unread = self._tokenizer.decode(tokens[limit - 1 : -1]) if len(tokens) > limit else ""
+            return len(tokens), limit, unread.replace("</w>", " ").strip()
 
     def generate(self, settings: Settings, library: Library, listener: Listener | None = None) -> list[Image.Image]:
         """The images, each with its settings in `image.info`; waits for a free pipeline.

@@ -15,6 +15,7 @@ from .engine import Settings
 from .limits import RequestError
 
 LATEST = 60
+MARK = ".favourite"
 
 
 def user_folder(folder: Path, user: str | None) -> Path:
@@ -45,16 +46,45 @@ class History:
         os.replace(temporary, folder / f"{name}.png")
         return name
 
-    def latest(self, user: str | None, count: int = LATEST) -> list[Path]:
+    def latest(self, user: str | None, count: int = LATEST, *, favourites: bool = False) -> list[Path]:
         """A user's latest images, the newest first."""
-        return sorted(user_folder(self.folder, user).glob("*/[!.]*.png"), reverse=True)[:count]
+        found = sorted(user_folder(self.folder, user).glob("*/[!.]*.png"), reverse=True)
+        return [path for path in found if not favourites or self.is_favourite(path)][:count]
+
+    def find(self, user: str | None, name: str) -> Path:
+        """Where one of a user's images is; raises RequestError for an id that is none."""
+        for path in self.latest(user, count=1_000_000):
+            if path.stem == name:
+                return path
+        raise RequestError("There is no such image in the history.")
 
     def open(self, user: str | None, name: str) -> Image.Image:
         """One of a user's images; raises RequestError for an id that is none."""
-        for path in self.latest(user, count=1_000_000):
-            if path.stem == name:
-                return load_png(path)
-        raise RequestError("There is no such image in the history.")
+        return load_png(self.find(user, name))
+
+    def is_favourite(self, path: Path) -> bool:
+        """Whether an image was marked, by an empty file beside it."""
+        return path.with_suffix(MARK).exists()
+
+    def favour(self, user: str | None, name: str) -> bool:
+        """Mark one of a user's images, or take the mark away; whether it has one now."""
+        mark = self.find(user, name).with_suffix(MARK)
+        if mark.exists():
+            mark.unlink()
+            return False
+        mark.touch()
+        return True
+
+    def delete(self, user: str | None, name: str) -> None:
+        """Remove one of a user's images; raises RequestError for an id that is none."""
+        path = self.find(user, name)
+        path.with_suffix(MARK).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+    @staticmethod
+    def made_at(path: Path) -> datetime:
+        """When an image was made, by its file's name."""
+        return datetime.strptime(f"{path.parent.name} {path.stem.split('-')[0][:6]}", "%Y-%m-%d %H%M%S")
 
 
 def load_png(path: Path) -> Image.Image:

@@ -5,8 +5,10 @@ A client names an adapter by its id; an id is looked up in what was found, and n
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -21,14 +23,17 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from s2ft_diffusion.adapters.file import AdapterFileError, AdapterInfo, read_adapter, read_header
+from s2ft_diffusion.adapters.reading import METADATA_KEY
 from s2ft_diffusion.pipelines.attach import check_fits, check_shapes
 from s2ft_diffusion.pipelines.sources import find_adapter_file
 
-from .limits import PROMPT_LENGTH, RequestError
-from .words import drawn, folded, shown
+from .limits import PROMPT_LENGTH, RequestError, text
+from .words import NAME_LENGTH, drawn, folded, shown
 
 TILE = 192
 MAX_FILES = 2000  # looked at in one folder
@@ -39,16 +44,17 @@ SORTS = ("newest", "name", "smallest", "fewest numbers")
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapter; `reason` says why it cannot be used, where it cannot."""
+    """One adapter; `reason` says why it cannot be used, where it cannot, `warning` what is odd about it."""
 
     id: str
     name: str
     path: Path
     bytes: int = 0
     modified: float = 0.0
-    info: AdapterInfo = field(default_factory=AdapterInfo)
+    info: AdapterInfo = field(default_factory=AdapterInfo, hash=False)
     trainable: int = 0
     reason: str | None = None
+    warning: str | None = None
 
     @property
     def state(self) -> tuple[str, int, float]:
@@ -88,6 +94,7 @@ class Entry:
             "date": self.info.date,
             "usable": self.reason is None,
             "reason": self.reason,
+            "warning": self.warning,
         }
 
 
@@ -99,8 +106,11 @@ def _tint(key: str) -> tuple[int, int, int]:
 class Library:
     """The adapters under `sources` (folders, files, hub ids) and in `folder`, where uploads and trainings are put."""
 
-    def __init__(self, sources: Sequence[str], folder: Path, components: Mapping[str, nn.Module]) -> None:
-        self.sources, self.folder, self.components = list(sources), folder, components
+    def __init__(
+        self, sources: Sequence[str], folder: Path, components: Mapping[str, nn.Module], base: str | None = None
+    ) -> None:
+        """`base`: what an adapter's header calls the base that `components` are of, to notice another one's."""
+        self.sources, self.folder, self.components, self.base = list(sources), folder, components, base
         self._entries: dict[str, Entry] = {}
         self._on_hub: dict[str, tuple[Path | None, float]] = {}  # where a hub's file is, and when that was asked
         self._lock = threading.Lock()
@@ -163,8 +173,8 @@ class Library:
             return Entry(**facts, name=label, reason=plain(str(error), path))
         try:
             check_shapes(header.shapes, self.components, path.name, header.info.base_model)
-        except AdapterFileError as error:
-            reason = plain(str(error), path)
+        except AdapterFileError:
+            reason = self._does_not_fit(header.info)
         info = replace(
             header.info,
             subject=shown(header.info.subject),
@@ -173,7 +183,22 @@ class Library:
             base_model=shown(header.info.base_model),
             date=shown(header.info.date),
         )
-        return Entry(**facts, name=info.subject or label, info=info, trainable=header.trainable, reason=reason)
+        warning = None if reason else self._other_base(info)
+        name = info.subject or label
+        return Entry(**facts, name=name, info=info, trainable=header.trainable, reason=reason, warning=warning)
+
+    def _does_not_fit(self, info: AdapterInfo) -> str:
+        """Why an adapter with other layers than the base has cannot be used."""
+        made_for = base_name(shown(info.base_model)) or "another model"
+        if self.base and made_for == base_name(self.base):
+            return f"it does not fit {made_for}, although it says that it was made for it"
+        return f"it was made for {made_for} and does not fit {base_name(self.base) or 'this one'}"
+
+    def _other_base(self, info: AdapterInfo) -> str | None:
+        """What to say of an adapter that fits, but was trained on another base."""
+        if not self.base or not info.base_model or base_name(info.base_model) == base_name(self.base):
+            return None
+        return f"made for {base_name(info.base_model)}: it fits, but may not show its subject here"
 
     # What clients may do
 
@@ -199,16 +224,76 @@ class Library:
         wanted = folded(words).split()
 
         def matches(entry: Entry) -> bool:
-            text = folded(f"{entry.name} {entry.info.subject} {entry.info.instance_prompt} {entry.info.base_model}")
-            return all(word in text for word in wanted)
+            said = folded(f"{entry.name} {entry.info.subject} {entry.info.instance_prompt} {entry.info.base_model}")
+            return all(word in said for word in wanted)
 
         return sorted(filter(matches, self._entries.values()), key=lambda e: (e.reason is not None, keys[sort](e)))
 
     def choices(self) -> list[tuple[str, str]]:
         """Labels and ids of what can be used; labels that several share are told apart."""
-        usable = [entry for entry in self.search(sort="name") if not entry.reason]
-        names = [entry.name for entry in usable]
-        return [(e.name if names.count(e.name) == 1 else f"{e.name} ({e.id[:4]})", e.id) for e in usable]
+        labels = self.labels()
+        return [(labels[entry.id], entry.id) for entry in self.search(sort="name") if not entry.reason]
+
+    def labels(self) -> dict[str, str]:
+        """What to call each adapter, by id: its name; where several share one, with their dates, else their files."""
+        alike: dict[str, list[Entry]] = {}
+        for entry in list(self._entries.values()):
+            alike.setdefault(entry.name, []).append(entry)
+        found: dict[str, str] = {}
+        for name, entries in alike.items():
+            for tell in (lambda e: "", lambda e: e.info.date, lambda e: e.path.stem, lambda e: e.id):
+                marks = [tell(entry) for entry in entries]
+                if len(set(marks)) == len(entries):
+                    break
+            for entry, mark in zip(entries, marks, strict=True):
+                found[entry.id] = f"{name} ({mark})" if mark else name
+        return found
+
+    def own(self, entry: Entry) -> bool:
+        """Whether it was uploaded or trained here, so that it may be renamed and deleted."""
+        return entry.path.parent == self.folder
+
+    def owned(self, adapter_id: object) -> Entry:
+        """An adapter that may be renamed and deleted, usable or not; raises RequestError."""
+        entry = self._entries.get(adapter_id) if isinstance(adapter_id, str) else None
+        if entry is None:
+            raise RequestError("There is no such adapter; refresh the library.")
+        if not self.own(entry):
+            raise RequestError(f"{entry.name} was not uploaded or trained here, so it stays as it is.")
+        return entry
+
+    def delete(self, adapter_id: object) -> None:
+        """Remove an upload or a training's adapter; raises RequestError for any other."""
+        self.owned(adapter_id).path.unlink(missing_ok=True)
+        self.refresh()
+
+    def rename(self, adapter_id: object, name: object) -> Entry:
+        """Give an upload or a training's adapter another subject, in its file; raises RequestError."""
+        entry = self.owned(adapter_id)
+        name = text("The name", name, NAME_LENGTH, required=True)
+        if entry.reason:
+            raise RequestError(f"{entry.name} cannot be renamed: {entry.reason}")
+        with safe_open(entry.path, "pt") as file:
+            header = json.loads(file.metadata()[METADATA_KEY])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+        header["info"]["subject"] = shown(name)
+        temporary = entry.path.with_name(f".{entry.path.name}.tmp")
+        try:
+            save_file(tensors, temporary, {METADATA_KEY: json.dumps(header)})
+            os.replace(temporary, entry.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.refresh()
+        return self._entries[entry.id]
+
+    def same_file(self, path: Path) -> Entry | None:
+        """The usable adapter whose file holds the same bytes, if there is one."""
+        for entry in list(self._entries.values()):
+            if not entry.reason and entry.bytes == path.stat().st_size:
+                with suppress(OSError):
+                    if filecmp.cmp(entry.path, path, shallow=False):
+                        return entry
+        return None
 
     def check_room(self) -> None:
         """Raise RequestError where there are too many adapters already."""
@@ -218,13 +303,20 @@ class Library:
     def add(self, path: Path) -> Entry:
         """Copy a file in under a name of our own, if it passes the strict reader and fits the base.
 
-        Raises RequestError otherwise, and where there are too many already; keeps nothing then.
+        A file that is there already is not stored again. Raises RequestError otherwise, and where there are too many
+        already; keeps nothing then.
         """
+        if there := self.same_file(path):
+            return there
         self.check_room()
         try:
-            check_fits(read_adapter(path), self.components, "the file")
+            adapter = read_adapter(path)
         except AdapterFileError as error:
             raise RequestError(f"This file cannot be used: {plain(str(error), path)}") from None
+        try:
+            check_fits(adapter, self.components, "the file")
+        except AdapterFileError:
+            raise RequestError(f"This file cannot be used: {self._does_not_fit(adapter.info)}") from None
         final = self.folder / f"{secrets.token_hex(8)}.safetensors"
         temporary = final.with_name(f".{final.name}.tmp")
         try:
@@ -234,6 +326,11 @@ class Library:
             temporary.unlink(missing_ok=True)
         self.refresh()
         return next(entry for entry in self._entries.values() if entry.path == final)
+
+
+def base_name(base: str | None) -> str:
+    """The last part of a hub id or a path: what people call a base."""
+    return (base or "").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _visible(relative: Path) -> bool:

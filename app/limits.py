@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import unicodedata
 from typing import Any
 
@@ -12,6 +13,8 @@ GUIDANCE = (0.0, 30.0)
 IMAGES = (1, 8)
 STRENGTH = (0.0, 1.5)
 SEEDS = 2**32
+LINES = 12  # prompts in one request
+SHEET = 96  # images in one comparison
 PHOTOS = (3, 20)
 PHOTO_PIXELS = 50_000_000
 TRAIN_STEPS = (10, 5000)
@@ -44,6 +47,14 @@ def text(name: str, value: Any, limit: int, *, required: bool = False) -> str:
     return value.strip()
 
 
+def lines(name: str, value: str) -> list[str]:
+    """The lines of a text that are not empty."""
+    found = [line.strip() for line in value.splitlines() if line.strip()]
+    if not 1 <= len(found) <= LINES:
+        raise RequestError(f"1 to {LINES} {name} are taken, one a line; got {len(found)}.")
+    return found
+
+
 def number(name: str, value: Any, bounds: tuple[float, float]) -> float:
     """A finite number within bounds."""
     low, high = bounds
@@ -52,6 +63,13 @@ def number(name: str, value: Any, bounds: tuple[float, float]) -> float:
     if not low <= value <= high:
         raise RequestError(f"{name} must be from {low:g} to {high:g}, got {value:g}.")
     return float(value)
+
+
+def seed(value: Any) -> int:
+    """A seed; -1 (or nothing) is a random one."""
+    if value is None or value == -1:
+        return secrets.randbelow(SEEDS)
+    return whole("The seed", value, (0, SEEDS - 1))
 
 
 def whole(name: str, value: Any, bounds: tuple[int, int]) -> int:

@@ -84,6 +84,12 @@ class Running:
                 if not self._cancels[session]:
                     del self._cancels[session]
 
+    @property
+    def under_way(self) -> int:
+        """How many generations there are."""
+        with self._lock:
+            return sum(map(len, self._cancels.values()))
+
     def cancel(self, session: str | None) -> bool:
         """Stop what a session is generating; whether there was anything."""
         with self._lock:

@@ -12,12 +12,13 @@ from pathlib import Path
 import gradio as gr
 from filelock import FileLock, Timeout
 
-from .actions import App
+from .app import App
 from .arguments import ROOT
 from .engine import Engine
+from .frontend import CSS, HEAD_JS
 from .history import History
-from .interface import CSS, Page, theme
 from .library import Library
+from .page import Page, theme
 from .training import TrainingQueue
 
 logger = logging.getLogger("app")
@@ -39,7 +40,7 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, App]:
     sources = list(args.adapters)
     if not sources and args.base == "toybox":
         sources = [str(folder) for folder in (MADE_BY_DEMO, DEMO_ADAPTERS) if folder.is_dir()]
-    library = Library(sources, outputs / "adapters", engine.components)
+    library = Library(sources, outputs / "adapters", engine.components, args.base)
     trainings = None
     if not args.no_training:
         trainings = TrainingQueue(
@@ -71,6 +72,7 @@ def launch(args: argparse.Namespace, *, block: bool = True) -> tuple[gr.Blocks, 
             max_file_size=f"{args.max_upload_mb}mb",
             theme=theme(),
             css=CSS,
+            head=f"<script>{HEAD_JS}</script>",
             show_error=False,
             prevent_thread_lock=True,
             quiet=True,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,18 @@ pytest.importorskip("gradio")
 from app.engine import Engine, Settings
 from app.library import Library
 from s2ft_diffusion import AdapterInfo, S2FTConfig, attention_targets
-from s2ft_diffusion.adapters.file import collect_adapter, make_thumbnail, write_adapter
+from s2ft_diffusion.adapters.file import collect_adapter, make_thumbnail, read_adapter, write_adapter
 from s2ft_diffusion.toybox.subjects import SUBJECTS
+
+PATIENCE = 1200.0  # seconds; a busy machine is no reason to fail
+
+
+def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+    """Wait for something that happens in another thread or process."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +66,19 @@ def adapters(tmp_path_factory, _base_modules) -> Path:
 
 
 @pytest.fixture
+def fresh(adapters, tmp_path) -> Callable[..., Path]:
+    """Writes an adapter that is in no library: that of a name, with other facts in its header."""
+
+    def write(name: str, **facts) -> Path:
+        adapter = read_adapter(adapters / f"{name}.safetensors")
+        path = tmp_path / f"{secrets.token_hex(4)}.safetensors"
+        write_adapter(path, replace(adapter, info=replace(adapter.info, **{"date": "2026-02-03", **facts})))
+        return path
+
+    return write
+
+
+@pytest.fixture
 def library(adapters, engine, tmp_path) -> Library:
     return Library([str(adapters)], tmp_path / "own", engine.components)
 
@@ -82,3 +108,50 @@ def served(adapters, tmp_path_factory) -> Iterator[tuple[str, object]]:
     blocks, app, address = launch(args, block=False)
     yield address, app
     close(blocks, app)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """Chromium; per module, since Playwright has a loop of its own in this thread."""
+    from tests.gradio_app.browser import CHROMIUM, FLAGS, playwright
+
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def pages(browser, served) -> Iterator[Callable[..., object]]:
+    """Opens pages of the app: `pages(path="", **options of Chromium)`."""
+    from tests.gradio_app.browser import LAPTOP, PATIENT, open_page
+
+    opened, errors = [], []
+
+    def new(path: str = "", **options):
+        context = browser.new_context(**(options or LAPTOP))
+        page = context.new_page()
+        page.set_default_timeout(PATIENT)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        open_page(page, f"{served[0].rstrip('/')}/{path}")
+        opened.append(context)
+        return page
+
+    yield new
+    for context in opened:
+        context.close()
+    assert errors == []
+
+
+@pytest.fixture
+def page(pages) -> object:
+    """The page on a laptop."""
+    return pages()
+
+
+@pytest.fixture
+def phone(pages) -> object:
+    """The page on a phone."""
+    from tests.gradio_app.browser import PHONE
+
+    return pages(**PHONE)

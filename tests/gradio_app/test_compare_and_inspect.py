@@ -19,15 +19,16 @@ from tests.gradio_app.conftest import settings
 def test_sheet_holds_each_variant_at_each_seed(engine, library, ids) -> None:
     wish = settings((ids["cat"], 1.0), (ids["dog"], 1.0), images=2, steps=2)
     columns = compare.variants(wish, library, [0.5, 1.0])
-    assert [label for label, _ in columns] == ["base", "cat 0.5", "cat 1", "dog 0.5", "dog 1", "both"]
+    assert [column.label for column in columns] == ["base", "cat 0.5", "cat 1", "dog 0.5", "dog 1", "both"]
     steps = []
     listener = compare.Listener(on_step=lambda done, total, preview: steps.append((done, total)))
     page = compare.compare(engine, library, columns, listener)
     assert steps == [(i + 1, 24) for i in range(24)]
     step = compare.TILE + compare.MARGIN
     assert page.width == 6 * step + compare.MARGIN
-    for column, (_, variant) in enumerate(columns):
-        for row, image in enumerate(engine.generate(variant, library)):
+    for column, variant in enumerate(columns):
+        for row, wanted_settings in enumerate(variant.settings):
+            image = engine.generate(wanted_settings, library)[0]
             left = compare.MARGIN + column * step
             top = compare.LINE + compare.MARGIN + row * (step + compare.LINE)
             found = page.crop((left, top, left + compare.TILE, top + compare.TILE))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from app.descriptions import details
 from app.library import Library, plain
 from app.limits import RequestError
+from app.prompts import exchanged
+from app.tabs.library import details
 from app.words import drawn
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
+from s2ft_diffusion.adapters.format import FORMAT_VERSION
+
+VERSION = rf"format_version\": {FORMAT_VERSION}".encode()
 
 
 def test_headers_alone(library, adapters, monkeypatch) -> None:
@@ -29,10 +34,11 @@ def test_headers_alone(library, adapters, monkeypatch) -> None:
         "instance_prompt": "a photo of sks cat",
         "base": "toybox",
         "bytes": (adapters / "cat.safetensors").stat().st_size,
-        "trainable": 28 * 200,
+        "trainable": 28 * 196,
         "date": "2026-01-01",
         "usable": True,
         "reason": None,
+        "warning": None,
     }
     assert cat.picture().getextrema() != cat.picture().convert("L").convert("RGB").getextrema()  # its photo, in colour
     opened = []
@@ -134,7 +140,7 @@ def test_what_cannot_be_used_is_shown_with_the_reason(adapters, engine, tmp_path
     assert reasons.pop("cat.safetensors") is None
     assert "not a complete safetensors file" in reasons["truncated.safetensors"]
     assert "not an S2FT adapter" in reasons["lora.safetensors"]
-    assert "no linear layer or convolution there" in reasons["elsewhere.safetensors"]
+    assert reasons["elsewhere.safetensors"] == "it was made for toybox and does not fit this one"
     assert set(reasons) == {
         "truncated.safetensors", "empty.safetensors", "lora.safetensors", "elsewhere.safetensors",
         str(tmp_path / "no" / "such"), "some?one/../dog",
@@ -184,16 +190,16 @@ def test_only_ids_are_looked_up(library, name) -> None:
         library.get(name)
 
 
-def test_uploads_are_checked_and_stored_under_names_of_ours(library, adapters, tmp_path) -> None:
+def test_uploads_are_checked_and_stored_under_names_of_ours(library, fresh, tmp_path) -> None:
     upload = tmp_path / "..; rm -rf x.safetensors"
-    upload.write_bytes((adapters / "dog.safetensors").read_bytes())
+    upload.write_bytes(fresh("dog").read_bytes())
     entry = library.add(upload)
     assert entry.name == "dog"
     assert entry.path.parent == library.folder
     assert entry.path.stem.isalnum()
     assert library.get(entry.id) == entry
     whole = upload.read_bytes()
-    for damage in (whole[:-40], b"", b"not one", whole.replace(rb"format_version\": 3", rb"format_version\": 9")):
+    for damage in (whole[:-40], b"", b"not one", whole.replace(VERSION, VERSION.replace(b": ", b": 9"))):
         upload.write_bytes(damage)
         with pytest.raises(RequestError, match="cannot be used") as caught:
             library.add(upload)
@@ -201,12 +207,84 @@ def test_uploads_are_checked_and_stored_under_names_of_ours(library, adapters, t
     assert len(list(library.folder.iterdir())) == 1
 
 
-def test_uploads_are_limited_in_number(library, adapters, monkeypatch) -> None:
+def test_uploads_are_limited_in_number(library, fresh, monkeypatch) -> None:
     monkeypatch.setattr("app.library.MAX_OWN", 1)
-    library.add(adapters / "dog.safetensors")
+    library.add(fresh("dog"))
     with pytest.raises(RequestError, match="full"):
-        library.add(adapters / "cat.safetensors")
+        library.add(fresh("cat"))
     assert len(list(library.folder.iterdir())) == 1
+
+
+def test_a_file_that_is_there_is_not_stored_again(library, fresh, adapters, ids) -> None:
+    assert library.add(adapters / "dog.safetensors").id == ids["dog"]
+    upload = fresh("dog")
+    assert library.add(upload).id == library.add(upload).id
+    assert len(list(library.folder.iterdir())) == 1
+
+
+def test_equal_names_are_told_apart_by_dates_else_by_files(library, fresh, ids) -> None:
+    new = library.add(fresh("dog"))
+    assert library.labels()[ids["dog"]] == "dog (2026-01-02)"
+    assert library.labels()[new.id] == "dog (2026-02-03)"
+    twin = library.add(fresh("dog", class_name="dog"))
+    assert library.labels()[twin.id] == f"dog ({twin.path.stem})"
+    assert library.labels()[ids["cat"]] == "cat"
+    assert dict(library.choices())[f"dog ({twin.path.stem})"] == twin.id
+
+
+def test_renaming_changes_the_name_alone(library, fresh, ids) -> None:
+    entry = library.add(fresh("both"))
+    before = read_adapter(entry.path)
+    renamed = library.rename(entry.id, "  Max\n& Moritz ")
+    after = read_adapter(entry.path)
+    assert renamed.name == after.info.subject == "Max & Moritz"
+    assert replace(after.info, subject="both") == before.info
+    for component, layers in before.layers.items():
+        for name, layer in layers.items():
+            assert torch.equal(after.layers[component][name].coefficients, layer.coefficients)
+    assert len(list(library.folder.iterdir())) == 1
+    for bad in ("", " ", "x" * 200, "a\0b", None, 3):
+        with pytest.raises(RequestError):
+            library.rename(entry.id, bad)
+    with pytest.raises(RequestError, match="not uploaded or trained here"):
+        library.rename(ids["dog"], "x")
+    with pytest.raises(RequestError, match="not uploaded or trained here"):
+        library.delete(ids["dog"])
+    library.delete(entry.id)
+    assert list(library.folder.iterdir()) == []
+
+
+def test_what_was_made_for_another_base_is_said(adapters, engine, fresh, tmp_path) -> None:
+    library = Library([], tmp_path / "own", engine.components, "toybox")
+    assert library.add(adapters / "cat.safetensors").warning is None
+    assert "made for other-base" in library.add(fresh("cat", base_model="some/other-base")).warning
+    wrong = read_adapter(adapters / "cat.safetensors")
+    wrong.layers["unet"] = {f"{name}.x": layer for name, layer in wrong.layers["unet"].items()}
+    write_adapter(tmp_path / "wrong.safetensors", replace(wrong, info=replace(wrong.info, base_model="a/b")))
+    with pytest.raises(RequestError, match="it was made for b and does not fit toybox"):
+        library.add(tmp_path / "wrong.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "others", "wanted"),
+    [
+        ("", "a photo of sks dog", [], "a photo of sks dog"),
+        ("a photo of sks cat", "a photo of sks dog", ["a photo of sks cat"], "a photo of sks dog"),
+        ("sks cat on the moon", "a photo of sks dog", ["a photo of sks cat"], "sks dog on the moon"),
+        (
+            "a photo of sks cat on the moon",
+            "a drawing of sks x",
+            ["a photo of sks cat"],
+            "a drawing of sks x on the moon",
+        ),
+        ("a lighthouse", "a photo of sks dog", ["a photo of sks cat", None, ""], "a lighthouse"),
+        ("sks dog runs", "a photo of sks dog", ["a photo of sks cat"], "sks dog runs"),
+        ("sks cat runs", None, ["a photo of sks cat"], "sks cat runs"),
+        ("sks catfish", "a photo of sks dog", ["a photo of sks cat", "a photo of sks catfish"], "sks dog"),
+    ],
+)
+def test_another_adapter_exchanges_the_trigger_words(prompt, new, others, wanted) -> None:
+    assert exchanged(prompt, new, others) == wanted
 
 
 def test_messages_for_strangers_have_no_paths(tmp_path) -> None:

@@ -34,7 +34,7 @@ def test_stops_when_told_to(tmp_path, number) -> None:
                 break
         assert ", at http" in said, said
         process.send_signal(number)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=600) == 0
         assert not list(temporary.glob("s2ft-app-*"))
     finally:
         process.kill()

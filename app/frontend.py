@@ -1,0 +1,178 @@
+"""What Gradio's own parts cannot do: style, and the few lines of JavaScript, in one place.
+
+Words of strangers (names in adapters' headers) are only ever put into the page as text: `gr.HTML`'s templates are
+evaluated after they are filled in, so nothing but what is written here goes through them.
+"""
+
+from __future__ import annotations
+
+CSS = """
+.gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
+#masthead {padding: 4px 2px 0}
+#masthead h1 {font-size: 1.5rem; margin: 0}
+#masthead p {margin: 0; color: var(--body-text-color-subdued)}
+.beside {align-self: flex-end; height: 44px}
+footer {display: none !important}
+.gradio-container :is(button, input, textarea, a, [role=tab], .tile):focus-visible,
+.tile:focus-within {outline: 3px solid var(--primary-500) !important; outline-offset: 2px}
+
+/* Adapters as pictures: a strip, or a wall. */
+.tiles {border: 0; margin: 0; padding: 0; min-width: 0}
+.tiles legend {font-size: var(--block-label-text-size); color: var(--body-text-color); padding: 0 0 4px}
+.tiles .all {display: flex; gap: 8px; overflow-x: auto; padding: 4px; scroll-snap-type: x proximity}
+.tiles.wall .all {flex-wrap: wrap; overflow: hidden auto; max-height: 520px}
+.tile {flex: none; width: 96px; cursor: pointer; border-radius: 8px; border: 2px solid transparent; padding: 3px;
+  background: var(--background-fill-secondary); position: relative; scroll-snap-align: start}
+.tiles.wall .tile {width: 128px}
+.tile:has(input:checked) {border-color: var(--primary-600)}
+.dark .tile:has(input:checked) {border-color: var(--primary-300)}
+.tile input {position: absolute; opacity: 0; inset: 0; width: 100%; height: 100%; margin: 0; cursor: pointer}
+.tile img, .tile .blank {display: block; width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 5px}
+.tile .blank {background: var(--neutral-200)}
+.dark .tile .blank {background: var(--neutral-700)}
+.tile span {display: block; font-size: 12px; line-height: 1.3; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; color: var(--body-text-color)}
+.tiles.wall .tile span {white-space: normal}
+.tiles .none {color: var(--body-text-color-subdued); padding: 8px 2px; margin: 0}
+
+/* Generate: the picture beside what was asked for; on a phone between that and the settings. */
+#stage {display: grid !important; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); align-items: start;
+  grid-template-areas: "ask frame" "rest frame"; grid-template-rows: auto 1fr}
+#ask {grid-area: ask} #frame {grid-area: frame} #rest {grid-area: rest}
+#canvas {position: relative; min-height: 340px}
+#results {min-height: 340px; height: auto !important; max-height: none !important}
+#results .grid-wrap {height: auto !important; max-height: none !important; overflow: visible}
+#results .grid-container:not(:has(> :nth-child(2))) {grid-template-columns: minmax(0, 1fr) !important}
+#preview {position: absolute !important; inset: 0; z-index: 2; margin: 0; pointer-events: none}
+#preview:not(:has(img)) {display: none}
+#preview img {width: 100%; height: 100%; object-fit: contain}
+#canvas:has(#results img) #preview {inset: auto 10px 10px auto; width: 34%; height: 34%}
+#tokens, #status, #compare-status {padding: 0 2px !important; margin-top: -10px}
+#tokens .html-container, #status .html-container, #compare-status .html-container, .bare .html-container {padding: 0}
+.line {min-height: 1.6em; font-size: 0.95rem; color: var(--body-text-color); overflow-wrap: anywhere}
+.line.small {font-size: 0.8rem; min-height: 1.3em; color: var(--body-text-color-subdued)}
+.line.warns, .line.warns.small {color: #b42318}
+.dark .line.warns, .dark .line.warns.small {color: #fda29b}
+#sheet .icon-button-wrapper {top: auto !important; bottom: 6px !important}
+#stage.dropping #restore {outline: 3px dashed var(--primary-500)}
+
+@media (max-width: 720px) {
+  .gradio-container, .gradio-container .app {padding: 8px !important}
+  #masthead h1 {font-size: 1.2rem}
+  #stage {grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "frame" "rest";
+    grid-template-rows: none}
+  .tile {width: 76px}
+  .tiles.wall .all {flex-wrap: nowrap; overflow: auto hidden}
+  .tiles.wall .tile {width: 104px}
+}
+"""
+
+TILES_TEMPLATE = (
+    '<fieldset class="tiles"><legend></legend><div class="all"></div><p class="none" hidden></p></fieldset>'
+)
+
+# Native radio buttons or checkboxes, so that keys and screen readers work as everywhere.
+TILES_JS = """
+const all = element.querySelector('.all'), nothing = element.querySelector('.none');
+const kind = MANY ? 'checkbox' : 'radio', group = 'tiles-' + Math.random().toString(36).slice(2);
+element.querySelector('legend').textContent = LABEL;
+element.querySelector('fieldset').className = 'tiles ' + LOOK;
+nothing.textContent = 'Nothing found.';
+const chosen = () => MANY ? (props.value || []) : [props.value];
+function mark() {
+  for (const input of all.querySelectorAll('input')) input.checked = chosen().includes(input.value);
+}
+function show() {
+  all.replaceChildren(...(props.choices || []).map(choice => {
+    const tile = document.createElement('label'), input = document.createElement('input');
+    tile.className = 'tile';
+    tile.title = choice.note || choice.label;
+    Object.assign(input, {type: kind, name: group, value: choice.id});
+    const picture = document.createElement(choice.picture ? 'img' : 'div');
+    if (choice.picture) Object.assign(picture, {src: choice.picture, alt: ''});
+    else picture.className = 'blank';
+    const words = document.createElement('span');
+    words.textContent = choice.label;
+    tile.append(input, picture, words);
+    return tile;
+  }));
+  nothing.hidden = all.childElementCount > 0;
+  mark();
+}
+all.addEventListener('change', () => {
+  const now = [...all.querySelectorAll('input:checked')].map(input => input.value);
+  props.value = MANY ? now : now[0];
+  trigger('input');
+});
+watch('choices', show);
+watch('value', mark);
+show();
+"""
+
+LINE_TEMPLATE = '<div class="line" role="status"></div>'
+
+# One line of text; what begins with "!" is a warning.
+LINE_JS = """
+const line = element.querySelector('.line');
+function show() {
+  const text = props.value || '';
+  line.textContent = text.replace(/^!/, '');
+  line.className = 'line ' + LOOK + (/^(!|failed)/.test(text) ? ' warns' : '');
+}
+watch('value', show);
+show();
+"""
+
+# The page's state in its address, and pictures dropped on the Generate tab.
+HEAD_JS = """
+window.s2ft = {
+  start(random, seed, status) {
+    const go = document.querySelector('#generate');
+    if (!go || go.disabled) return [seed, status, {__type__: 'update'}, {__type__: 'update'}];
+    if (innerWidth <= 720) document.querySelector('#status')?.scrollIntoView({block: 'nearest', behavior: 'smooth'});
+    return [random ? Math.floor(Math.random() * 2 ** 32) : seed, 'queued',
+            {__type__: 'update', interactive: false}, {__type__: 'update', interactive: true}];
+  },
+  write(changes, push) {
+    const address = new URL(location);
+    for (const [name, value] of Object.entries(changes))
+      value === null ? address.searchParams.delete(name) : address.searchParams.set(name, value);
+    if (address.href !== location.href) history[push ? 'pushState' : 'replaceState']({}, '', address);
+  },
+  tab(name) {
+    if (!this.ready) return;  // until what the address says has been read
+    const now = new URL(location).searchParams.get('tab') || 'generate';
+    if (now !== name) this.write({tab: name}, true);
+  },
+  wanted(tabs) {
+    const name = new URL(location).searchParams.get('tab');
+    return {__type__: 'update', selected: tabs.includes(name) ? name : 'generate'};
+  },
+  remember(defaults, values, random) {
+    if (!this.ready) return;
+    clearTimeout(this.later);
+    this.later = setTimeout(() => {
+      const changes = {};
+      for (const [name, value] of Object.entries(values))
+        changes[name] = [null, ''].includes(value) || `${value}` === `${defaults[name]}` ? null : `${value}`;
+      if (values.prompt === '' && defaults.prompt) changes.prompt = '';
+      changes.seed = random ? null : String(values.seed);
+      this.write(changes, false);
+    }, 300);
+  },
+};
+addEventListener('popstate', () => document.querySelector('#go-back')?.click());
+for (const name of ['dragover', 'dragleave', 'drop'])
+  addEventListener(name, event => {
+    const stage = document.querySelector('#stage');
+    const file = event.dataTransfer?.items?.[0]?.kind === 'file' || event.dataTransfer?.files?.length;
+    if (!stage || !stage.contains(event.target) || !file || event.target.closest('#restore')) return;
+    event.preventDefault();
+    stage.classList.toggle('dropping', name === 'dragover');
+    if (name !== 'drop') return;
+    const input = document.querySelector('#restore input[type=file]');
+    if (!input) return;
+    input.files = event.dataTransfer.files;
+    input.dispatchEvent(new Event('change', {bubbles: true}));
+  }, true);
+"""

@@ -1,0 +1,157 @@
+"""The page: its tabs, and what several of them have in common."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gradio as gr
+from gradio.events import Dependency
+
+from s2ft_diffusion import toybox
+
+from . import limits
+from .app import NONE, App
+from .engine import SCHEDULERS
+from .errors import polite
+from .tabs.compare import CompareTab
+from .tabs.generate import GenerateTab
+from .tabs.history import HistoryTab
+from .tabs.inspect import InspectTab
+from .tabs.library import LibraryTab
+from .tabs.parts import tile, tiles
+from .tabs.train import TrainTab
+
+TITLE = "S²FT adapters"
+GENERATION = "generation"  # what everything shares that needs a pipeline
+# How the address calls what is chosen on the Generate tab, in the order of its settings.
+ADDRESS = (
+    "prompt", "negative", "adapter", "strength", "second", "second_strength", "steps", "guidance", "seed", "images",
+    "scheduler", "lines",
+)  # fmt: skip
+
+
+def theme() -> gr.themes.Base:
+    """System fonts, so that nothing is fetched from elsewhere, and quiet colours."""
+    sans = ["ui-sans-serif", "system-ui", "sans-serif"]
+    mono = ["ui-monospace", "monospace"]
+    return gr.themes.Default(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=sans, font_mono=mono)
+
+
+class Page:
+    """Builds the page; components that several tabs touch are attributes."""
+
+    def __init__(self, app: App, *, concurrency: int = 1) -> None:
+        self.app = app
+        self.busy = {"concurrency_limit": concurrency, "concurrency_id": GENERATION}
+        self.adapters: list[tuple[gr.HTML, bool]] = []  # tiles of adapters, and whether "none" is among them
+        guidance = 4.0 if toybox.is_embedded(app.engine.base) else 7.5
+        self.defaults = {"steps": 25, "guidance": guidance, "seed": 0, "scheduler": "DDIM"}
+        choices = app.library.choices()
+        self.first = choices[0][1] if choices else NONE
+
+    def build(self) -> gr.Blocks:
+        tabs = {"generate": GenerateTab, "library": LibraryTab, "compare": CompareTab, "train": TrainTab,
+                "inspect": InspectTab, "history": HistoryTab}  # fmt: skip
+        if self.app.trainings is None:
+            del tabs["train"]
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400)) as self.blocks:
+            gr.HTML(
+                f"<h1>{TITLE}</h1><p>Adapters of about a megabyte on "
+                f"<b>{self.app.engine.base.rstrip('/').rsplit('/', 1)[-1]}</b>.</p>",
+                elem_id="masthead",
+            )
+            with gr.Tabs() as self.tabs:
+                self.selected: dict[str, gr.Tab] = {}
+                for name, kind in tabs.items():
+                    with gr.Tab(name.capitalize(), id=name) as self.selected[name]:
+                        setattr(self, name, kind(self))
+                        getattr(self, name).build()
+            for name in tabs:
+                getattr(self, name).wire()
+            self.wire_address()
+        return self.blocks
+
+    # Parts
+
+    def adapter_tiles(self, label: str, value: Any = NONE, *, none: bool = True, **options: Any) -> gr.HTML:
+        """Tiles of the adapters that can be used, which follow the library."""
+        part = tiles(label, self.choices(none=none), value, **options)
+        self.adapters.append((part, none))
+        return part
+
+    def choices(self, *, none: bool) -> list[dict[str, str]]:
+        """The adapters that can be used, for tiles."""
+        labels = self.app.library.labels()
+        usable = [tile(entry, labels[entry.id]) for entry in self.app.library.search(sort="name") if not entry.reason]
+        return [{"id": NONE, "label": "none", "picture": "", "note": "the base alone"}, *usable] if none else usable
+
+    def sampling(self) -> tuple[gr.Slider, gr.Slider, gr.Radio]:
+        """Steps, guidance, scheduler."""
+        with gr.Row():
+            steps = gr.Slider(*limits.STEPS, value=self.defaults["steps"], step=1, label="Steps", min_width=120)
+            guidance = gr.Slider(
+                *limits.GUIDANCE, value=self.defaults["guidance"], step=0.5, label="Guidance", min_width=120
+            )
+        return steps, guidance, gr.Radio(list(SCHEDULERS), value=self.defaults["scheduler"], label="Scheduler")
+
+    # What several tabs take part in
+
+    @property
+    def adapter_parts(self) -> list[gr.HTML]:
+        """All tiles of adapters."""
+        return [part for part, _ in self.adapters]
+
+    def new_choices(self) -> list[Any]:
+        """The library's adapters for all tiles of adapters."""
+        choices = {none: self.choices(none=none) for none in (True, False)}
+        return [gr.update(choices=choices[none]) for _, none in self.adapters]
+
+    def use(self, adapter: str, prompt: str) -> tuple[Any, ...]:
+        """An adapter and its prompt for the Generate tab, which comes to the front."""
+        return adapter, self.app.exchanged(prompt, adapter), gr.Tabs(selected="generate")
+
+    def use_on(self, button: gr.Button, adapter: gr.State) -> Dependency:
+        """Have a button take an adapter to the Generate tab."""
+        generate = self.generate
+        return button.click(
+            polite(self.use),
+            [adapter, generate.prompt],
+            [generate.adapter, generate.prompt, self.tabs],
+            api_visibility="private",
+        )
+
+    # The address
+
+    def wire_address(self) -> None:
+        """Keep the tab and what is chosen on the Generate tab in the address, and read them from there."""
+        quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+        generate = self.generate
+        state = [*generate.settings, generate.random]
+        defaults = {name: part.value for name, part in zip(ADDRESS, generate.settings, strict=True)}
+        names = json.dumps([*ADDRESS, "random"])
+        script = (
+            f"(...values) => {{const now = Object.fromEntries({names}.map((name, i) => [name, values[i]])); "
+            "const random = now.random; delete now.random; if (now.adapter === '') now.adapter = 'none'; "
+            f"window.s2ft.remember({json.dumps(defaults)}, now, random);}}"
+        )
+        gr.on([part.change for part in state], None, state, None, js=script, **quiet)
+        for name, tab in self.selected.items():
+            tab.select(None, None, None, js=f"() => {{window.s2ft.tab('{name}')}}", **quiet)
+        back = gr.Button("Back", visible="hidden", elem_id="go-back")
+        wanted = f"() => window.s2ft.wanted({json.dumps(list(self.selected))})"
+        back.click(None, None, self.tabs, js=wanted, **quiet)
+
+        def read(request: gr.Request) -> tuple[Any, ...]:
+            query = dict(request.query_params)
+            tab = query.get("tab")
+            shown = gr.Tabs(selected=tab) if tab in self.selected else gr.skip()
+            values = generate.from_address(query)
+            if "adapter" in query and "prompt" not in query:
+                adapter = values[2]
+                prompt = self.app.prompt_of(adapter) if isinstance(adapter, str) else ""
+                values = (prompt or gr.skip(), *values[1:])
+            return *values, shown
+
+        loading = self.blocks.load(read, None, [*state, self.tabs], api_visibility="private", show_progress="hidden")
+        loading.then(None, None, None, js="() => {window.s2ft.ready = true}", **quiet)

@@ -1,0 +1,36 @@
+"""What to do with a prompt when another adapter is chosen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+
+def trigger_words(instance_prompt: str | None) -> str:
+    """What stands for the subject in an instance prompt: "sks dog" in "a photo of sks dog"."""
+    return (instance_prompt or "").split(" of ", 1)[-1].strip()
+
+
+def exchanged(prompt: str, new: str | None, others: Iterable[str | None]) -> str:
+    """The prompt with the new adapter's trigger words in the place of another's.
+
+    Args:
+        prompt: what the person wrote, or an adapter's own prompt that nobody has touched.
+        new: the instance prompt of the adapter that is chosen now.
+        others: those of all adapters whose words may be in the prompt.
+    """
+    others = {other for other in others if other and other != new}
+    if not new or _whole(trigger_words(new)).search(prompt):
+        return prompt
+    if not prompt.strip() or prompt.strip() in others:
+        return new
+    for words, replacement in ((lambda other: other, new), (trigger_words, trigger_words(new))):
+        for found in sorted(map(words, others), key=len, reverse=True):
+            if _whole(found).search(prompt):
+                return _whole(found).sub(lambda _: replacement, prompt)  # noqa: B023  (called at once)
+    return prompt
+
+
+def _whole(words: str) -> re.Pattern[str]:
+    """Words as they stand in a text, not as a part of other words."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)")

@@ -1,0 +1,177 @@
+"""The History tab: what was made here, with the settings of each picture."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from PIL import Image
+
+from ..app import NONE, user_of
+from ..engine import Settings
+from ..errors import polite
+from ..history import load_png, settings_of
+from ..limits import RequestError
+from ..words import escaped
+from .generate import filled
+
+if TYPE_CHECKING:
+    from ..page import Page
+
+PRIVATE = {"api_visibility": "private"}
+QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+NOTHING = "Choose a picture to see what it was made with."
+
+
+class HistoryTab:
+    def __init__(self, page: Page) -> None:
+        self.page, self.app = page, page.app
+
+    def build(self) -> None:
+        with gr.Row():
+            with gr.Column(scale=5, min_width=300):
+                with gr.Row():
+                    self.kept = gr.Checkbox(False, label="Favourites only", min_width=140, elem_id="favourites")
+                    self.refresh = gr.Button("Refresh", min_width=90, scale=0, elem_classes="beside")
+                self.gallery = gr.Gallery(
+                    label="Made here, the newest first", format="png", columns=4, height=520, elem_id="history",
+                    buttons=["download", "fullscreen"],
+                )  # fmt: skip
+            with gr.Column(scale=3, min_width=260):
+                self.about = gr.Markdown(NOTHING, elem_id="image-settings")
+                with gr.Row():
+                    self.use = gr.Button(
+                        "Use these settings", variant="primary", interactive=False, min_width=140,
+                        elem_id="use-settings",
+                    )  # fmt: skip
+                    self.contrast = gr.Button(
+                        "Compare from this", interactive=False, min_width=140, elem_id="compare-from"
+                    )
+                with gr.Row():
+                    self.favour = gr.Button("Favourite", interactive=False, min_width=100, elem_id="favourite")
+                    self.remove = gr.Button(
+                        "Delete", variant="stop", interactive=False, min_width=100, elem_id="delete-image"
+                    )
+        self.ids, self.chosen = gr.JSON([], visible=False), gr.State(NONE)
+
+    def wire(self) -> None:
+        for action in (self.image_settings, self.favourite_image, self.delete_image):
+            gr.api(polite(action), api_name=action.__name__, queue=False)
+        acting = [self.about, self.use, self.contrast, self.favour, self.remove]
+        listing = {"fn": polite(self.list_history), "inputs": self.kept, "outputs": [self.gallery, self.ids]}
+        cleared = {"fn": lambda: (NONE, gr.update(selected_index=None)), "outputs": [self.chosen, self.gallery]}
+        showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting}
+        self.refresh.click(**listing, api_name="list_history")
+        for event in (self.page.selected["history"].select, self.kept.input):
+            event(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
+
+        def choose(ids: list[str], event: gr.SelectData) -> str:
+            return ids[event.index] if 0 <= event.index < len(ids) else NONE
+
+        def fill(image: str, request: gr.Request) -> tuple[Any, ...]:
+            return *filled(self.image_settings(image, request)), False, gr.Tabs(selected="generate")
+
+        def contrast(image: str, request: gr.Request) -> tuple[Any, ...]:
+            return self.page.compare.filled(self.image_settings(image, request))
+
+        generate = self.page.generate
+        self.gallery.select(choose, self.ids, self.chosen, **QUIET).then(**showing, **QUIET)
+        self.use.click(polite(fill), self.chosen, [*generate.settings, generate.random, self.page.tabs], **PRIVATE)
+        self.contrast.click(polite(contrast), self.chosen, [*self.page.compare.settings, self.page.tabs], **PRIVATE)
+        self.favour.click(polite(self.favourite_image), self.chosen, None, **PRIVATE).success(
+            **listing, **PRIVATE
+        ).then(**showing, **QUIET)
+
+        def remove(image: str, request: gr.Request) -> Any:
+            return self.delete_image(image, request) and NONE if image else gr.skip()
+
+        self.remove.click(
+            polite(remove),
+            self.chosen,
+            self.chosen,
+            js="image => confirm('Delete this picture for good?') ? image : ''",
+            **PRIVATE,
+        ).success(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
+
+    # What the buttons do
+
+    def list_history(
+        self, favourites: bool = False, request: gr.Request = None
+    ) -> tuple[list[tuple[Image.Image, str]], list[str]]:
+        """The latest images that were made here, the newest first, with their ids.
+
+        Args:
+            favourites: only those that were marked.
+        """
+        shown, ids = [], []
+        for path in self.app.history.latest(user_of(request), favourites=favourites is True):
+            try:
+                image = load_png(path)
+                settings = settings_of(image)
+            except (OSError, RequestError):
+                continue
+            mark = "★ " if self.app.history.is_favourite(path) else ""
+            shown.append((image, mark + self.words(settings, self.app.history.made_at(path))))
+            ids.append(path.stem)
+        return shown, ids
+
+    def image_settings(self, image: str, request: gr.Request) -> dict[str, Any]:
+        """The settings that an image of the history was made with.
+
+        Args:
+            image: its id.
+        """
+        return json.loads(settings_of(self.app.history.open(user_of(request), image)).to_json())
+
+    def favourite_image(self, image: str, request: gr.Request) -> bool:
+        """Mark an image of the history as a favourite, or take that back; whether it is one now.
+
+        Args:
+            image: its id.
+        """
+        return self.app.history.favour(user_of(request), image)
+
+    def delete_image(self, image: str, request: gr.Request) -> str:
+        """Delete an image of the history.
+
+        Args:
+            image: its id.
+        """
+        self.app.history.delete(user_of(request), image)
+        return "deleted"
+
+    # What the page shows
+
+    def adapter_words(self, settings: Settings) -> str:
+        """The adapters with their strengths."""
+        labels = self.app.library.labels()
+        return (
+            " + ".join(f"{labels.get(adapter, 'a lost adapter')} {s:g}" for adapter, s in settings.adapters) or "base"
+        )
+
+    def words(self, settings: Settings, when: datetime) -> str:
+        """What stands under a picture: adapter, strength, seed and time."""
+        return f"{self.adapter_words(settings)} · seed {settings.seed} · {when:%d %b %H:%M}"
+
+    def show(self, image: str, request: gr.Request) -> tuple[Any, ...]:
+        """All settings of the chosen picture, and the buttons."""
+        if not image:
+            return NOTHING, *(gr.update(interactive=False) for _ in range(4))
+        path = self.app.history.find(user_of(request), image)
+        settings = settings_of(load_png(path))
+        facts = {
+            "prompt": settings.prompt,
+            "negative prompt": settings.negative_prompt,
+            "adapter": self.adapter_words(settings),
+            "seed": settings.seed,
+            "steps": settings.steps,
+            "guidance": f"{settings.guidance:g}",
+            "scheduler": settings.scheduler,
+            "made": f"{self.app.history.made_at(path):%d %b %Y, %H:%M:%S}",
+        }
+        rows = "\n".join(f"| {k} | {escaped(' '.join(str(v).split()))} |" for k, v in facts.items() if v != "")
+        on = gr.update(interactive=True)
+        kept = gr.update(interactive=True, value="No favourite" if self.app.history.is_favourite(path) else "Favourite")
+        return f"| | |\n| --- | --- |\n{rows}", on, on, kept, on

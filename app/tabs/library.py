@@ -1,0 +1,204 @@
+"""The Library tab: the adapters that are there, what their headers say, uploads and what can be done with them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from .. import limits
+from ..app import NONE
+from ..errors import polite
+from ..library import SORTS, Entry
+from ..limits import RequestError
+from ..words import escaped, shown
+from .parts import tile, tiles
+
+if TYPE_CHECKING:
+    from ..page import Page
+
+PRIVATE = {"api_visibility": "private"}
+QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+NOTHING = "Choose an adapter to see what its header says."
+
+
+def details(entry: Entry, label: str | None = None) -> str:
+    """The header of an adapter as Markdown."""
+    title = f"### {escaped(label or entry.name)}\n\n"
+    if entry.reason:
+        return f"{title}Cannot be used: {escaped(entry.reason)}"
+    facts = {
+        "prompt": entry.info.instance_prompt,
+        "class": entry.info.class_name,
+        "base": entry.info.base_model,
+        "trained": entry.info.date,
+        "size": f"{entry.bytes:,} bytes",
+        "trainable numbers": f"{entry.trainable:,}",
+        "steps": entry.info.training.get("steps"),
+    }
+    rows = "\n".join(f"| {key} | {escaped(shown(str(value)))} |" for key, value in facts.items() if value is not None)
+    warning = f"**{escaped(entry.warning[:1].upper() + entry.warning[1:])}.**\n\n" if entry.warning else ""
+    return f"{title}{warning}| | |\n| --- | --- |\n{rows}"
+
+
+class LibraryTab:
+    def __init__(self, page: Page) -> None:
+        self.page, self.app = page, page.app
+        self._copies: dict[tuple[str, int, float], str] = {}
+
+    def build(self) -> None:
+        with gr.Row():
+            self.words = gr.Textbox(
+                "", label="Search", placeholder="dog, toybox, …", scale=3, min_width=160, elem_id="search"
+            )
+            self.sort = gr.Radio(list(SORTS), value=SORTS[0], label="Sort", scale=4, min_width=260, elem_id="sort")
+            self.look = gr.Button("Refresh", min_width=90, scale=0, elem_id="refresh", elem_classes="beside")
+        with gr.Row():
+            with gr.Column(scale=5, min_width=300):
+                self.tiles = tiles("Adapters", self.tiles_for("", SORTS[0]), look="wall", elem_id="library")
+            with gr.Column(scale=3, min_width=260):
+                self.about = gr.Markdown(NOTHING, elem_id="about")
+                with gr.Row():
+                    self.use = gr.Button("Use", variant="primary", interactive=False, min_width=80, elem_id="use")
+                    self.download = gr.DownloadButton("Download", interactive=False, min_width=80, elem_id="download")
+                with gr.Row(visible=False) as self.own:
+                    self.name = gr.Textbox(
+                        "", label="Name", max_length=limits.WORDS_LENGTH, min_width=120, elem_id="name"
+                    )
+                    self.rename = gr.Button("Rename", min_width=80, scale=0, elem_id="rename", elem_classes="beside")
+                    self.remove = gr.Button(
+                        "Delete", variant="stop", min_width=80, scale=0, elem_id="delete", elem_classes="beside"
+                    )
+                self.upload = gr.File(
+                    label="Upload a .safetensors adapter", file_types=[".safetensors"], height=120, elem_id="upload"
+                )
+
+    def wire(self) -> None:
+        gr.api(polite(self.list_adapters), api_name="list_adapters", queue=False)
+        gr.api(polite(self.delete_adapter), api_name="delete_adapter", queue=False)
+        gr.api(polite(self.rename_adapter), api_name="rename_adapter", queue=False)
+        chosen = [self.about, self.use, self.download, self.own, self.name]
+        looking = [polite(self.look_again), [self.words, self.sort], [self.tiles, *self.page.adapter_parts]]
+        for event in (self.look.click, self.words.submit, self.page.selected["library"].select, self.page.blocks.load):
+            event(*looking, **PRIVATE, show_progress="hidden")
+        for event in (self.words.input, self.sort.input):
+            event(
+                polite(lambda words, sort: gr.update(choices=self.tiles_for(words, sort))),
+                [self.words, self.sort],
+                self.tiles,
+                trigger_mode="always_last",
+                **QUIET,
+            )
+        self.tiles.change(polite(self.show), self.tiles, chosen, **QUIET)
+        self.page.use_on(self.use, self.tiles)
+        self.rename.click(polite(self.rename_adapter), [self.tiles, self.name], None, **PRIVATE).success(
+            *looking, **PRIVATE
+        ).then(polite(self.show), self.tiles, chosen, **QUIET)
+        question = "Delete this adapter for good?"
+        self.remove.click(
+            polite(lambda adapter: self.delete_adapter(adapter) and NONE if adapter else gr.skip()),
+            self.tiles,
+            self.tiles,
+            js=f"adapter => confirm('{question}') ? adapter : ''",
+            **PRIVATE,
+        ).success(*looking, **PRIVATE).then(polite(self.show), self.tiles, chosen, **QUIET)
+        record, adapter, path = gr.JSON(visible=False), gr.Textbox("", visible=False), gr.File(visible=False)
+        self.upload.upload(polite(self.upload_adapter), self.upload, record, api_name="upload_adapter").success(
+            *looking, **PRIVATE
+        ).then(self.uploaded, record, [self.tiles, self.upload], **QUIET)
+        adapter.submit(polite(self.download_adapter), adapter, path, api_name="download_adapter")
+
+    # What the buttons do
+
+    def list_adapters(self, words: str = "", sort: str = "newest") -> list[dict[str, Any]]:
+        """The adapters that are there, by what their headers say; looks for new files first.
+
+        Args:
+            words: only adapters in whose name, subject, prompt or base all these words occur.
+            sort: "newest", "name", "smallest" or "fewest numbers".
+        """
+        self.app.library.refresh()
+        found = self.app.library.search(limits.text("The search", words, 200), sort)
+        return [entry.summary() for entry in found]
+
+    def upload_adapter(self, file: str) -> dict[str, Any]:
+        """Add a .safetensors adapter to the library, if it passes the strict reader and fits the base.
+
+        Args:
+            file: the file to upload.
+        """
+        if not file:
+            raise RequestError("Choose a file first.")
+        there = self.app.library.same_file(Path(file))
+        entry = there or self.app.library.add(Path(file))
+        if there:
+            gr.Info(f"This file is there already, as {self.app.library.labels()[there.id]}.")
+        elif entry.warning:
+            gr.Warning(f"{entry.name}: {entry.warning}.")
+        return {**entry.summary(), "there_already": there is not None}
+
+    def download_adapter(self, adapter: str) -> str:
+        """The file of an adapter.
+
+        Args:
+            adapter: its id.
+        """
+        entry = self.app.library.get(adapter)
+        if entry.state not in self._copies:
+            folder = Path(tempfile.mkdtemp(dir=self.app.downloads))
+            name = f"{self.app.file_name(adapter)}.safetensors"
+            self._copies[entry.state] = str(shutil.copyfile(entry.path, folder / name))
+        return self._copies[entry.state]
+
+    def delete_adapter(self, adapter: str) -> str:
+        """Delete an adapter that was uploaded or trained here.
+
+        Args:
+            adapter: its id.
+        """
+        self.app.library.delete(adapter)
+        return "deleted"
+
+    def rename_adapter(self, adapter: str, name: str) -> dict[str, Any]:
+        """Give an adapter that was uploaded or trained here another name, in its file.
+
+        Args:
+            adapter: its id.
+            name: what to call its subject.
+        """
+        return self.app.library.rename(adapter, name).summary()
+
+    # What the page shows
+
+    def tiles_for(self, words: str, sort: str) -> list[dict[str, str]]:
+        """The tiles of what a search finds."""
+        found = self.app.library.search(limits.text("The search", words, 200), sort)
+        labels = self.app.library.labels()
+        return [tile(entry, labels[entry.id]) for entry in found]
+
+    def look_again(self, words: str = "", sort: str = SORTS[0]) -> list[Any]:
+        """The library as it is now, for every place that shows it."""
+        self.app.library.refresh()
+        return [gr.update(choices=self.tiles_for(words, sort)), *self.page.new_choices()]
+
+    def show(self, adapter: str) -> tuple[Any, ...]:
+        """What is beside the tiles: words, and buttons that can act."""
+        entry = next((entry for entry in self.app.library.search() if entry.id == adapter), None)
+        if entry is None:
+            off = gr.update(interactive=False)
+            return NOTHING, off, gr.update(interactive=False, value=None), gr.update(visible=False), ""
+        usable = entry.reason is None
+        return (
+            details(entry, self.app.library.labels()[entry.id]),
+            gr.update(interactive=usable),
+            gr.update(interactive=usable, value=self.download_adapter(adapter) if usable else None),
+            gr.update(visible=self.app.library.own(entry)),
+            entry.name,
+        )
+
+    def uploaded(self, record: dict[str, Any] | None) -> tuple[Any, Any]:
+        """Choose what was uploaded."""
+        return record["id"] if record else gr.skip(), None

@@ -1,0 +1,75 @@
+"""Parts that Gradio does not have, made of its HTML component: tiles to choose from, and a line of text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from functools import lru_cache
+from typing import Any
+
+import gradio as gr
+
+from ..app import NONE
+from ..frontend import LINE_JS, LINE_TEMPLATE, TILES_JS, TILES_TEMPLATE
+from ..library import Entry
+
+PICTURE = 128  # pixels
+
+
+def tiles(
+    label: str,
+    choices: list[dict[str, str]],
+    value: Any = NONE,
+    *,
+    many: bool = False,
+    look: str = "strip",
+    **options: Any,
+) -> gr.HTML:
+    """Pictures of which one can be chosen (its value: an id), or several (a list of ids).
+
+    Args:
+        label: what they are.
+        choices: from `tile`.
+        value: what is chosen.
+        many: whether several can be.
+        look: "strip" or "wall".
+    """
+    script = f"const MANY = {json.dumps(many)}, LABEL = {json.dumps(label)}, LOOK = {json.dumps(look)};{TILES_JS}"
+    return gr.HTML(
+        value,
+        label=label,
+        choices=choices,
+        html_template=TILES_TEMPLATE,
+        js_on_load=script,
+        apply_default_css=False,
+        elem_classes="bare",
+        **options,
+    )
+
+
+def tile(entry: Entry, label: str) -> dict[str, str]:
+    """An adapter as a choice of `tiles`."""
+    return {"id": entry.id, "label": label, "picture": _picture(entry), "note": entry.reason or entry.warning or ""}
+
+
+@lru_cache(maxsize=4096)
+def _picture(entry: Entry) -> str:
+    image = entry.picture()
+    image.thumbnail((PICTURE, PICTURE))
+    data = io.BytesIO()
+    image.save(data, "WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def line(value: str = "", *, small: bool = False, **options: Any) -> gr.HTML:
+    """One line of text that screen readers are told of when it changes; it begins with "!" where it warns."""
+    look = "small" if small else ""
+    return gr.HTML(
+        value,
+        html_template=LINE_TEMPLATE,
+        js_on_load=f"const LOOK = {json.dumps(look)};{LINE_JS}",
+        apply_default_css=False,
+        elem_classes="bare",
+        **options,
+    )

@@ -1,0 +1,251 @@
+"""The Train tab."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import pandas as pd
+
+from s2ft_diffusion import toybox
+
+from .. import limits
+from ..app import NONE, user_of
+from ..errors import polite
+from ..history import load_png
+from ..library import plain
+from ..limits import RequestError
+from ..training import UNFINISHED, TrainingQueue
+from ..words import escaped
+
+if TYPE_CHECKING:
+    from ..page import Page
+
+
+PHASES = {
+    "load": "Loading the base model",
+    "estimate": "Looking at your photos, to see which numbers matter",
+    "rearrange": "Choosing which numbers to train",
+    "train": "Training",
+    "validate": "Making sample pictures",
+    "save": "Saving the adapter",
+}
+STATES = {
+    "waiting": "waiting for its turn",
+    "running": "under way",
+    "done": "done",
+    "failed": "failed",
+    "cancelled": "cancelled",
+}
+
+
+def training_words(status: Mapping[str, Any], left: float | None = None) -> str:
+    """How a training stands, from `TrainTab.training_status`, as Markdown; `left`: seconds."""
+    if status["state"] == "none":
+        return "No training yet."
+    lines = [f"### {escaped(status['subject'])}: {STATES[status['state']]}"]
+    if status["state"] == "waiting" and status["before"]:
+        lines.append(f"{status['before']} before it.")
+    if status["state"] == "failed":
+        lines.append(escaped(status["message"]))
+    lines += [f"* **{PHASES.get(name, name)}**: {escaped(plain(summary))}" for name, summary in status["phases"]]
+    if status["phase"]:
+        now = PHASES.get(status["phase"], status["phase"])
+        done = f" step {status['losses'][-1][0]} of {status['steps']}" if status["losses"] else ""
+        rest = f", {time_words(left)} left" if left is not None else ""
+        lines.append(f"* **{now}** …{done + rest if status['phase'] == 'train' else ''}")
+    if status["state"] == "done":
+        lines.append("The adapter is in the library.")
+    return "\n\n".join(lines[:1]) + "\n\n" + "\n".join(lines[1:])
+
+
+def time_words(seconds: float) -> str:
+    """About how long, in words."""
+    if seconds < 90:
+        return f"about {max(5, 5 * round(seconds / 5))} seconds"
+    return f"about {round(seconds / 60)} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+
+
+class TrainTab:
+    def __init__(self, page: Page) -> None:
+        self.page, self.app = page, page.app
+        self._seen: dict[str, tuple[int, float]] = {}  # a step of each job, and when it was seen
+
+    def build(self) -> None:
+        small = toybox.is_embedded(self.app.engine.base)
+        with gr.Row():
+            with gr.Column(scale=4, min_width=280):
+                self.photos = gr.File(
+                    label="3 to 20 photos", file_count="multiple", file_types=["image"], height=150, elem_id="photos"
+                )
+                self.thumbnails = gr.Gallery(
+                    label="Your photos", columns=5, height=120, allow_preview=False, visible=False, buttons=[],
+                    elem_id="thumbnails",
+                )  # fmt: skip
+                with gr.Row():
+                    self.subject = gr.Textbox(
+                        label="Name of the subject", placeholder="mittens", min_width=120, elem_id="subject"
+                    )
+                    self.kind = gr.Textbox(label="What it is", placeholder="cat", min_width=120, elem_id="kind")
+                self.steps = gr.Slider(*limits.TRAIN_STEPS, value=500, step=10, label="Steps", elem_id="train-steps")
+                self.numbers = gr.Slider(
+                    *limits.TRAIN_NUMBERS, value=2000, step=100, label="Trainable numbers a layer", elem_id="numbers"
+                )
+                with gr.Row():
+                    self.go = gr.Button("Train", variant="primary", interactive=False, elem_id="train")
+                    self.stop = gr.Button("Cancel", interactive=False, elem_id="cancel-training")
+                words = "about a minute on two cores" if small else "minutes on a GPU, hours on a CPU"
+                gr.Markdown(f"The prompt becomes *a photo of sks …*. It takes {words}; one training at a time.")
+            with gr.Column(scale=5, min_width=300):
+                self.report = gr.Markdown("No training yet.", elem_id="training")
+                self.try_it = gr.Button("Try it", variant="primary", visible=False, elem_id="try-it")
+                self.curve = gr.LinePlot(x="step", y="loss", title="Loss, smoothed", height=220, elem_id="curve")
+                self.samples = gr.Gallery(
+                    label="Samples", format="png", columns=2, height=220, buttons=["download"], elem_id="samples"
+                )
+        self.timer = gr.Timer(1.0, active=False)
+        self.latest, self.adapter = gr.State(""), gr.State(NONE)  # always the latest job of whoever looks
+        self.status = gr.JSON(visible=False)
+
+    def wire(self) -> None:
+        gr.api(polite(self.training_status), api_name="training_status", queue=False)
+        gr.api(polite(self.cancel_training), api_name="cancel_training", queue=False)
+        shown = [self.report, self.curve, self.samples, self.timer, self.stop, self.try_it, self.adapter]
+        show = polite(self.show_training)
+        quiet = {"api_visibility": "private", "show_progress": "hidden"}
+        self.go.click(
+            polite(self.train),
+            [self.photos, self.subject, self.kind, self.steps, self.numbers],
+            self.status,
+            api_name="train",
+            concurrency_limit=1,  # the photos of one request at a time are in memory
+        ).success(show, self.latest, shown, **quiet)
+        self.stop.click(
+            polite(self.cancel_training), self.latest, self.status, api_visibility="private", queue=False
+        ).success(show, self.latest, shown, **quiet)
+        self.timer.tick(show, self.latest, shown, **quiet)
+        library = self.page.library
+        self.adapter.change(  # a training has ended: its adapter is in the library
+            polite(library.look_again),
+            [library.words, library.sort],
+            [library.tiles, *self.page.adapter_parts],
+            **quiet,
+        )
+        self.page.use_on(self.try_it, self.adapter)
+        self.page.blocks.load(show, self.latest, shown, **quiet)
+        asked = [self.photos, self.subject, self.kind]
+        for part in asked:
+            part.change(self.ready, asked, self.go, queue=False, trigger_mode="always_last", **quiet)
+        self.photos.change(
+            lambda photos: gr.update(value=photos or [], visible=bool(photos)), self.photos, self.thumbnails, **quiet
+        )
+
+    # What the buttons do
+
+    def train(
+        self, photos: list[str], subject: str, class_name: str, steps: float, n_frequency: float, request: gr.Request
+    ) -> dict[str, Any]:
+        """Queue the training of an adapter; `training_status` says how it goes.
+
+        Args:
+            photos: 3 to 20 images of the subject.
+            subject: its name, for the library.
+            class_name: what it is, such as "dog"; the prompt becomes "a photo of sks dog".
+            steps: optimizer steps, 10 to 5000.
+            n_frequency: trainable numbers a layer.
+        """
+        self.app.library.check_room()  # better now than after the training
+        job = self._trainings.submit(
+            [Path(photo) for photo in photos or []], subject, class_name, steps, n_frequency, user_of(request)
+        )
+        return self._status(job.id, request)
+
+    def training_status(self, job: str = "", request: gr.Request = None) -> dict[str, Any]:
+        """How a training stands: its state, finished phases, loss by step, and the id of its adapter when done.
+
+        Args:
+            job: its id; "" for the latest.
+        """
+        return self._status(job, request)
+
+    def cancel_training(self, job: str = "", request: gr.Request = None) -> dict[str, Any]:
+        """Stop a training, waiting or running.
+
+        Args:
+            job: its id; "" for the latest.
+        """
+        status = self._status(job, request)
+        if status["job"]:
+            self._trainings.cancel(self._trainings.get(status["job"], user_of(request)))
+        return self._status(job, request)
+
+    @property
+    def _trainings(self) -> TrainingQueue:
+        if self.app.trainings is None:
+            raise RequestError("Training is switched off here.")
+        return self.app.trainings
+
+    def _status(self, name: str, request: gr.Request) -> dict[str, Any]:
+        user = user_of(request)
+        job = self._trainings.get(name, user) if name else self._trainings.latest(user)
+        if job is None:
+            return {"job": None, "state": "none"}
+        progress = self._trainings.progress(job)
+        return {
+            "job": job.id,
+            "subject": job.subject,
+            "state": job.state,
+            "message": job.message,
+            "before": self._trainings.place(job) if job.state == "waiting" else 0,
+            "phases": progress.phases,
+            "phase": progress.phase if job.state == "running" else None,
+            "steps": progress.steps,
+            "losses": [[step, loss] for step, loss in sorted(progress.losses.items())],
+            "adapter": job.adapter,
+        }
+
+    # What the page shows
+
+    @staticmethod
+    def ready(photos: list[str] | None, subject: str, kind: str) -> Any:
+        """Whether there is all that a training needs."""
+        return gr.update(interactive=bool(photos and subject.strip() and kind.strip()))
+
+    def show_training(self, name: str, request: gr.Request) -> tuple[Any, ...]:
+        """A job in words, its loss curve, samples, whether to go on looking, the buttons, and its adapter."""
+        status = self._status(name, request)
+        active = status["state"] in UNFINISHED
+        # With their types also where there are none yet: a plot takes its axes from the first ones that it is given.
+        losses = pd.DataFrame(status.get("losses", []), columns=["step", "loss"]).astype({"step": int, "loss": float})
+        if len(losses) > 1:
+            losses["loss"] = losses["loss"].ewm(span=max(2, len(losses) // 15)).mean()
+        samples = []
+        if status["job"]:
+            job = self._trainings.get(status["job"], user_of(request))
+            for path in self._trainings.progress(job).samples:
+                try:
+                    samples.append(load_png(path))
+                except OSError:
+                    continue  # being replaced
+        adapter = status.get("adapter") if status["state"] == "done" else None
+        adapter = adapter if adapter in self.app.library.labels() else NONE
+        return (
+            training_words(status, self._left(status)),
+            losses,
+            samples,
+            gr.Timer(active=active),
+            gr.update(interactive=active),
+            gr.update(visible=bool(adapter)),
+            adapter,
+        )
+
+    def _left(self, status: Mapping[str, Any]) -> float | None:
+        """Seconds that the steps still to come will take, by those that were seen; None before there are some."""
+        if status["state"] != "running" or not status["losses"]:
+            return None
+        step, now = status["losses"][-1][0], time.monotonic()
+        first, begun = self._seen.setdefault(status["job"], (step, now))
+        return (now - begun) / (step - first) * (status["steps"] - step) if step > first else None

@@ -1,0 +1,135 @@
+"""What a person does on the page, in Playwright's terms."""
+
+from __future__ import annotations
+
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+PATIENT = 300_000  # milliseconds; a busy machine is no reason to fail
+LAPTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; the endpoint tests still run")
+
+
+def open_page(page: playwright.Page, address: str) -> None:
+    """Load the page and wait until its own first events have run."""
+    page.goto(address)
+    page.wait_for_function("window.s2ft?.ready")
+
+
+def button(page: playwright.Page, name: str) -> playwright.Locator:
+    return page.get_by_role("button", name=name, exact=True).locator("visible=true")
+
+
+def tab(page: playwright.Page, name: str) -> None:
+    """Bring a tab to the front, also one that a narrow page keeps behind its last button."""
+    shown = page.get_by_role("tab", name=name)
+    if not shown.locator("visible=true").count():
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown button", has_text=name).click()
+    else:
+        shown.locator("visible=true").click()
+    page.wait_for_function(f"new URL(location).searchParams.get('tab') === '{name.lower()}'")
+
+
+def choose(page: playwright.Page, adapter: str, where: str = "#adapter") -> None:
+    tile(page, adapter, where).click()
+
+
+def tile(page: playwright.Page, label: str, where: str = "#adapter") -> playwright.Locator:
+    """A tile by what stands under it."""
+    return page.locator(f"{where} .tile", has=page.locator(f"span:text-is('{label}')"))
+
+
+def labels(page: playwright.Page, where: str) -> list[str]:
+    return page.locator(f"{where} .tile span").all_inner_texts()
+
+
+def chosen(page: playwright.Page, where: str = "#adapter") -> list[str]:
+    return page.locator(f"{where} .tile:has(input:checked) span").all_inner_texts()
+
+
+def prompt(page: playwright.Page) -> playwright.Locator:
+    return page.locator("#prompt textarea")
+
+
+def wait_for_value(page: playwright.Page, selector: str, value: str) -> None:
+    page.wait_for_function("([s, v]) => document.querySelector(s)?.value === v", arg=[selector, value])
+
+
+def set_number(page: playwright.Page, label: str, value: float) -> None:
+    """Type into a slider's field. One that has only just been shown can still take its first value back: type again."""
+    field = page.get_by_label(f"number input for {label}").locator("visible=true").first
+    for _ in range(20):
+        field.fill(str(value))
+        field.press("Tab")
+        page.wait_for_timeout(250)
+        if field.input_value() == str(value):
+            return
+    raise AssertionError(f"{label} does not stay {value}")
+
+
+def set_steps(page: playwright.Page, steps: int) -> None:
+    page.get_by_role("button", name="More").locator("visible=true").click()
+    set_number(page, "Steps", steps)
+
+
+def set_seed(page: playwright.Page, seed: float) -> None:
+    page.locator("#random input").uncheck()
+    page.locator("#seed input").fill(str(seed))
+    page.locator("#seed input").press("Tab")
+
+
+def status(page: playwright.Page, where: str = "#status") -> str:
+    return page.locator(f"{where} .line").inner_text()
+
+
+def wait_for_status(page: playwright.Page, start: str, where: str = "#status") -> None:
+    page.wait_for_function(
+        "([where, start]) => document.querySelector(`${where} .line`).textContent.startsWith(start)",
+        arg=[where, start],
+    )
+
+
+def wait_for_image(page: playwright.Page, where: str = "#results") -> None:
+    page.wait_for_function(f"document.querySelector('{where} img')?.naturalWidth > 0")
+
+
+def generated(page: playwright.Page) -> bytes:
+    """Click Generate, wait until it is done; the picture's bytes as the page has them."""
+    page.locator("#generate:enabled").wait_for()
+    page.evaluate("document.querySelector('#status .line').textContent = ''")  # what the last one said
+    button(page, "Generate").click()
+    page.wait_for_function(
+        "document.querySelector('#results img')?.naturalWidth > 0"
+        " && document.querySelector('#status .line').textContent === 'done'"
+    )
+    page.locator("#generate:enabled").wait_for()
+    return page.request.get(page.locator("#results img").first.get_attribute("src")).body()
+
+
+def settings_in(picture: bytes) -> str:
+    return Image.open(io.BytesIO(picture)).info["s2ft"]
+
+
+def pixels(picture: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+
+
+def in_view(page: playwright.Page, selector: str) -> bool:
+    """Whether some of an element is on the screen, without scrolling."""
+    return page.evaluate(
+        "selector => {const box = document.querySelector(selector).getBoundingClientRect();"
+        "return box.height > 0 && box.top < innerHeight - 10 && box.bottom > 10}",
+        selector,
+    )

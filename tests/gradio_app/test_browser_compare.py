@@ -1,0 +1,112 @@
+"""The Compare, Inspect and History tabs in a real browser."""
+
+from __future__ import annotations
+
+from tests.gradio_app.browser import (
+    button,
+    choose,
+    chosen,
+    generated,
+    needs_browser,
+    prompt,
+    set_number,
+    set_seed,
+    set_steps,
+    status,
+    tab,
+    wait_for_image,
+    wait_for_status,
+    wait_for_value,
+)
+
+pytestmark = [pytest.mark.slow, needs_browser]
+
+
+def test_several_adapters_and_prompts_as_one_sheet(page) -> None:
+    tab(page, "Compare")
+    set_steps(page, 2)
+    set_number(page, "Seeds", 1)
+    before = chosen(page, "#compared")
+    for name in ("cat", "dog", "both"):
+        if name not in before:
+            choose(page, name, "#compared")
+    page.locator("#compare-prompt textarea").fill("a red dog\na blue cat")
+    page.locator("#strengths input, #strengths textarea").fill("1")
+    page.locator("#compare").click()
+    wait_for_status(page, "done", "#compare-status")
+    wait_for_image(page, "#sheet")
+    width, height = page.evaluate("(i => [i.naturalWidth, i.naturalHeight])(document.querySelector('#sheet img'))")
+    assert (width // 256, height // 256) == (4, 2)
+    # no label lies over the first column's title
+    assert not page.locator("#sheet label").locator("visible=true").count()
+    # what cannot be is said, and the last sheet stays
+    page.locator("#strengths input, #strengths textarea").fill("much")
+    page.locator("#compare").click()
+    wait_for_status(page, "failed: The strengths must be numbers", "#compare-status")
+    assert page.locator("#sheet img").is_visible()
+    # so it does when one is cancelled, which is no error
+    page.locator("#strengths input, #strengths textarea").fill("1, 0.5")
+    set_number(page, "Steps", 100)
+    for toast in page.locator(".toast-close").all():
+        toast.click()
+    page.locator("#compare:enabled").click()
+    wait_for_status(page, "step", "#compare-status")
+    page.locator("#cancel-compare").click()
+    wait_for_status(page, "cancelled", "#compare-status")
+    page.locator("#compare:enabled").wait_for()
+    assert page.locator("#sheet img").is_visible()
+    assert not page.locator(".toast-body.error").count()
+    for name in ("cat", "dog", "both"):
+        choose(page, name, "#compared")
+    page.locator("#compare:disabled").wait_for()
+
+
+def test_inspect(page) -> None:
+    tab(page, "Inspect")
+    choose(page, "both", "#inspected")
+    page.locator("#inspect").click()
+    page.wait_for_function("document.querySelectorAll('#pictures img').length >= 3")
+    # a list of choices takes no words, and closes when it is left
+    field = page.locator("#layer input")
+    field.click()
+    page.get_by_role("option").first.wait_for()
+    field.press("Tab")
+    page.get_by_role("listbox").wait_for(state="detached")
+
+
+def test_history(page) -> None:
+    choose(page, "dog")
+    set_steps(page, 3)
+    set_seed(page, 31)
+    set_number(page, "Strength", 0.55)
+    prompt(page).fill("remember sks dog")
+    generated(page)
+    tab(page, "History")
+    page.locator("#history").get_by_text("dog 0.55 · seed 31").first.wait_for()
+    assert page.locator("#use-settings:disabled").count() == 1
+    page.locator("#history img").first.click()
+    page.locator("#image-settings").get_by_text("remember sks dog").wait_for()
+    page.locator("#favourite").click()
+    page.locator("#favourite", has_text="No favourite").wait_for()
+    page.locator("#favourites input").check()
+    page.wait_for_function("document.querySelectorAll('#history .thumbnail-item, #history img').length >= 1")
+    page.locator("#history").get_by_text("★ dog 0.55 · seed 31").first.wait_for()
+    page.locator("#history img").first.click()
+    page.locator("#compare-from:enabled").click()
+    wait_for_value(page, "#compare-prompt textarea", "remember sks dog")
+    assert chosen(page, "#compared") == ["dog"]
+    tab(page, "Generate")
+    set_number(page, "Strength", 1.1)
+    tab(page, "History")
+    page.locator("#favourites input").uncheck()
+    page.locator("#history img").first.click()
+    page.locator("#use-settings:enabled").click()
+    wait_for_value(page, "#strength input[type=number]", "0.55")
+    wait_for_value(page, "#seed input", "31")
+    tab(page, "History")
+    page.locator("#history img").first.click()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.locator("#delete-image:enabled").click()
+    page.locator("#history").get_by_text("dog 0.55 · seed 31").wait_for(state="detached")
+    assert status(page) == "done"
+    assert button(page, "Use these settings").is_disabled()
