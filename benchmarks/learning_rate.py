@@ -33,7 +33,7 @@ import s2ft_diffusion  # noqa: F401
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion import toybox
 from s2ft_diffusion.toybox.captions import describe
-from s2ft_diffusion.toybox.pretrain import to_tensor
+from s2ft_diffusion.toybox.networks import to_tensor
 from s2ft_diffusion.toybox.subjects import SUBJECTS, Subject
 from s2ft_diffusion.toybox.world import random_scene, render
 from s2ft_diffusion.tuner.seeding import seeded

@@ -35,7 +35,7 @@ from transformers import CLIPTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 from s2ft_diffusion import toybox
 from s2ft_diffusion.toybox.captions import describe, random_caption
 from s2ft_diffusion.toybox.objects import EMBLEMS
-from s2ft_diffusion.toybox.pretrain import Stage
+from s2ft_diffusion.toybox.pretraining.stage import Stage
 from s2ft_diffusion.toybox.subjects import SUBJECTS
 from s2ft_diffusion.toybox.world import BACKGROUNDS, CLASSES, COLOURS, RESOLUTION, Scene, random_scene, render
 

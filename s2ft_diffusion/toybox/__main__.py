@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from . import NAMES, base_path, resolve
+from . import NAMES, resolve
 from .subjects import ALL_SUBJECTS, write_photos
 
 
@@ -17,13 +18,17 @@ def main() -> None:
     render.add_argument("subject", choices=sorted(ALL_SUBJECTS))
     render.add_argument("folder", type=Path)
     commands.add_parser("subjects", help="list the subjects, their classes and prompts")
-    pretrain = commands.add_parser("pretrain", help="train the base from nothing; resumes from its work folder")
+    pretrain = commands.add_parser("pretrain", help="train the bases from nothing; resumes from its work folder")
     pretrain.add_argument("--work_dir", type=Path, default=Path("runs/toybox"), help="checkpoints and logs")
-    pretrain.add_argument("--base_dir", type=Path, default=base_path(), help="where the finished base goes")
+    pretrain.add_argument("--output_dir", type=Path, help="where base/ and flow/ go; by default WORK_DIR/bases")
+    pretrain.add_argument("--bases", nargs="+", choices=("unet", "flow"), default=("unet", "flow"))
     pretrain.add_argument("--device", default=None, help="cuda or cpu; by default a GPU where there is one")
-    pretrain.add_argument("--vae_steps", type=int)
-    pretrain.add_argument("--text_steps", type=int)
-    pretrain.add_argument("--unet_steps", type=int)
+    pretrain.add_argument("--scenes", type=int, help="pictures to render")
+    pretrain.add_argument("--workers", type=int, help="processes that render; by default one a core")
+    pretrain.add_argument("--batch", type=int, help="samples a step of the denoisers")
+    for stage in ("autoencoder", "text", "unet", "transformer"):
+        pretrain.add_argument(f"--{stage}_steps", dest=stage, type=int, metavar="STEPS")
+    pretrain.add_argument("--no_compile", dest="compile", action="store_false", help="run steps as they are written")
     check = commands.add_parser("check", help="measure the bases: reconstruction, and a probe on what they generate")
     check.add_argument("bases", nargs="*", default=list(NAMES), help="names or folders; by default both embedded ones")
     check.add_argument("--images", type=int, default=504, help="images of prompts that say everything")
@@ -39,12 +44,13 @@ def main() -> None:
     elif args.command == "pretrain":
         import torch
 
-        from .pretrain import Steps, pretrain
+        from .pretraining import Plan, pretrain
 
-        given = {"vae": args.vae_steps, "text": args.text_steps, "unet": args.unet_steps}
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        plan = Steps(**{name: steps for name, steps in given.items() if steps})
-        pretrain(args.work_dir, args.base_dir, plan, torch.device(device))
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        names = ("scenes", "workers", "batch", "autoencoder", "text", "unet", "transformer")
+        given = {name: getattr(args, name) for name in names if getattr(args, name)}
+        plan = replace(Plan.for_device(device), compile=args.compile, **given)
+        pretrain(args.work_dir, args.output_dir or args.work_dir / "bases", plan, device, args.bases)
     else:
         from .check import check_base
 

@@ -9,6 +9,13 @@ from .objects import WEARABLES
 from .world import BACKGROUNDS, CLASSES, COLOURS, PATTERNS, Scene
 
 UNSEEN_TOKEN = "sks"
+ATTRIBUTES: dict[str, tuple[str, ...]] = {  # what captions can name, and its values
+    "kind": CLASSES,
+    "colour": tuple(COLOURS),
+    "pattern": PATTERNS,
+    "background": tuple(BACKGROUNDS),
+    "wears": tuple(WEARABLES),
+}
 
 # Words people put into prompts, so that they are one token each; the base has learned to ignore them.
 PROMPT_WORDS = """

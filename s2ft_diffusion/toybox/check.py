@@ -20,7 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .pretrain import ATTRIBUTES, Stage, to_tensor
+from .captions import ATTRIBUTES
+from .networks import to_tensor
+from .pretraining.stage import Stage, set_rate
 from .tokenizer import MAX_LENGTH
 from .world import BACKGROUNDS, Scene, random_scene, render
 
@@ -64,8 +66,7 @@ def train_probe(work_dir: Path, steps: int = PROBE_STEPS, batch: int = 64) -> Pr
 
     def step(i: int) -> float:
         scenes = [random_scene(random.Random(HELD_OUT // 2 + i * batch + j)) for j in range(batch)]
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (i + 1) / 100) * (1 - i / steps)
+        set_rate(optimizer, 2e-3 * min(1.0, (i + 1) / 100) * (1 - i / steps))
         with torch.autocast("cpu", torch.bfloat16):
             images = to_tensor([render(scene) for scene in scenes])
             images = images + 0.1 * torch.rand(()) * torch.randn(images.shape)
