@@ -112,7 +112,7 @@ def make_images(
         for i in range(0, len(wanted), batch_size):
             batch = wanted[i : i + batch_size]
             made = pipe(
-                [prompt for prompt, _ in batch],
+                prompt=[prompt for prompt, _ in batch],
                 **options,
                 generator=[seeded("eval", prompt, seed) for prompt, seed in batch],
             ).images

@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr_warmup_steps", type=int, default=0, help="steps of warm-up of the scheduler")
     add("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="power of polynomial")
-    add("--use_8bit_adam", action="store_true", help="8-bit Adam from bitsandbytes")
+    add("--use_8bit_adam", action="store_true", help="8-bit Adam from bitsandbytes; needless: so little is trained")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's first beta")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's second beta")
     add("--adam_weight_decay", type=float, default=0.0, help="AdamW's weight decay")

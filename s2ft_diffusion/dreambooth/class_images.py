@@ -38,7 +38,7 @@ def ensure_class_images(settings: ClassSettings, plan: BasePlan, seed: int, acce
     for start in range(0, len(mine), settings.batch):
         part = mine[start : start + settings.batch]
         images = pipeline(
-            [settings.prompt] * len(part),
+            prompt=[settings.prompt] * len(part),
             **plan.family.call(side=plan.resolution),
             generator=[seeded(seed, "class image", i) for i, _ in part],
         ).images

@@ -41,7 +41,7 @@ class Validation:
         pipeline.set_progress_bar_config(desc="validate", leave=False)
         with self.accelerator.autocast():
             images = pipeline(
-                [self.settings.prompt] * self.settings.images,
+                prompt=[self.settings.prompt] * self.settings.images,
                 **self.family.call(side=self.resolution),
                 generator=[seeded(self.seed, "validation", i) for i in range(self.settings.images)],
             ).images

@@ -38,6 +38,9 @@ class Sampling:
     negative_prompt: str | None = ""
 
 
+FAMILIES: dict[str, type[Family]] = {}  # by the pipeline's class
+
+
 class Family:
     """One kind of base model; see the methods for what a new one has to say.
 
@@ -49,6 +52,7 @@ class Family:
     weighting_scheme: where a flow's times lie unless asked otherwise, as diffusers' scripts have it.
     pack: latents that become one token along each side.
     default_latents: side of the latents of the pipeline's own size; None is the denoiser's `sample_size`.
+    samplers: whether diffusers' schedulers for predictions of noise can sample it in the place of its own.
     compared_by: the scheduler, in diffusers, that images are compared by; None is the pipeline's own.
     load_options, call_options: what the pipeline is loaded and called with.
     """
@@ -64,9 +68,14 @@ class Family:
     weighting_scheme: ClassVar[str] = "none"
     pack: ClassVar[int] = 1
     default_latents: ClassVar[int | None] = None
+    samplers: ClassVar[bool] = False
     compared_by: ClassVar[str | None] = None
     load_options: ClassVar[Mapping[str, Any]] = {}
     call_options: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if "pipeline_class" in cls.__dict__:
+            FAMILIES[cls.pipeline_class] = cls
 
     # From the configs ------------------------------------------------------------------------------------------------
 
@@ -205,6 +214,10 @@ class Family:
         """What the denoiser is told of one prompt, by the pipeline's own `encode_prompt`, as for a batch of one."""
         raise NotImplementedError
 
+    def words(self, prompt: str, negative_prompt: str, guidance: float) -> dict[str, Any]:
+        """The prompts as arguments of the pipeline's call."""
+        return {"prompt": prompt, **({"negative_prompt": negative_prompt} if negative_prompt else {})}
+
     def collate(self, conditions: Sequence[Conditions]) -> Conditions:
         """The conditions of a batch from those of its samples."""
         together: Conditions = {}
@@ -221,6 +234,10 @@ class Family:
     def normalize(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (channels, h, w) of the autoencoder as the denoiser expects them."""
         return (latents - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
+
+    def spatial(self, latents: torch.Tensor) -> torch.Tensor:
+        """A square image's latents as the pipeline's loop has them, as (batch, channels, h, w)."""
+        return latents
 
     def predict(
         self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions

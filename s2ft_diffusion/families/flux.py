@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -46,5 +48,12 @@ class Flux(Family):
             img_ids=self.pipeline._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, words.dtype),
             return_dict=False,
         )[0]
+        return self._unpack(prediction, height, width)
+
+    def spatial(self, latents: torch.Tensor) -> torch.Tensor:
+        side = 2 * math.isqrt(latents.shape[1])
+        return self._unpack(latents, side, side)
+
+    def _unpack(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         scale = self.pipeline.vae_scale_factor
-        return self.pipeline._unpack_latents(prediction, height * scale, width * scale, scale)
+        return self.pipeline._unpack_latents(latents, height * scale, width * scale, scale)

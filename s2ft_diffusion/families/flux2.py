@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -58,6 +60,10 @@ class Flux2(Family):
             return_dict=False,
         )[0]
         return prediction.permute(0, 2, 1).reshape(noisy.shape)
+
+    def spatial(self, latents: torch.Tensor) -> torch.Tensor:
+        side = math.isqrt(latents.shape[1])
+        return latents.permute(0, 2, 1).reshape(len(latents), -1, side, side)
 
 
 class Flux2Klein(Flux2):

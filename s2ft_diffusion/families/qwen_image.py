@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,5 +69,12 @@ class QwenImage(Family):
             img_shapes=[[(1, height // 2, width // 2)]] * count,
             return_dict=False,
         )[0]
+        return self._unpack(prediction, height, width)
+
+    def spatial(self, latents: torch.Tensor) -> torch.Tensor:
+        side = 2 * math.isqrt(latents.shape[1])
+        return self._unpack(latents, side, side)
+
+    def _unpack(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
         scale = self.pipeline.vae_scale_factor
-        return self.pipeline._unpack_latents(prediction, height * scale, width * scale, scale)[:, :, 0]
+        return self.pipeline._unpack_latents(latents, height * scale, width * scale, scale)[:, :, 0]

@@ -17,6 +17,8 @@ from .objectives import NoiseObjective, Objective
 class NoiseFamily(Family):
     """Families that predict noise, velocity or latents on a scheduler of discrete timesteps."""
 
+    samplers = True
+
     @classmethod
     def objective(cls, configs: Configs, shape: tuple[int, int, int], settings: LossSettings) -> Objective:
         """The loss of the scheduler's kind of prediction."""
@@ -47,6 +49,11 @@ class StableDiffusion(NoiseFamily):
 
     def encode_prompt(self, prompt: str) -> Conditions:
         return {"encoder_hidden_states": self.pipeline.encode_prompt(prompt, self.device, 1, False)[0]}
+
+    def words(self, prompt: str, negative_prompt: str, guidance: float) -> dict[str, torch.Tensor | None]:
+        """Encoded: the pipeline takes embeddings as well."""
+        words, negative = self.pipeline.encode_prompt(prompt, self.device, 1, guidance > 1, negative_prompt or None)
+        return {"prompt_embeds": words, "negative_prompt_embeds": negative}
 
     def predict(
         self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
