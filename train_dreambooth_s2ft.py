@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME, collect_adapter, write_adapter
 from s2ft_diffusion.dreambooth.arguments import parse_arguments
-from s2ft_diffusion.dreambooth.base import Base, BasePlan, load_base, plan_base
+from s2ft_diffusion.dreambooth.base import BasePlan, load_base, plan_base
 from s2ft_diffusion.dreambooth.batches import (
     Layout,
     Pictures,
@@ -55,8 +55,10 @@ from s2ft_diffusion.dreambooth.process import (
 )
 from s2ft_diffusion.dreambooth.prompts import Prompts
 from s2ft_diffusion.dreambooth.publish import describe, open_repository, publish, usage_snippet
-from s2ft_diffusion.dreambooth.settings import EstimateSettings, PhotoSettings, Settings
+from s2ft_diffusion.dreambooth.settings import ComputeSettings, EstimateSettings, PhotoSettings, Settings
 from s2ft_diffusion.dreambooth.validation import Validation
+from s2ft_diffusion.families import Family
+from s2ft_diffusion.pipelines.attach import inject_adapter
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
 
 logger = logging.getLogger("train_dreambooth_s2ft")
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     photo_paths = check_images(settings)
     flags = {**settings.flags, "images": fingerprints(photo_paths)}
     resume_path = prepare_output_dir(settings.output_dir, settings.checkpoints, flags)
-    plan = plan_base(settings.base, settings.adapter, settings.photos.resolution, settings.seed)
+    plan = plan_base(settings.base, settings.adapter, settings.photos.resolution, settings.seed, settings.loss)
     accelerator = make_accelerator(settings)
     main_process = accelerator.is_main_process
     processes = accelerator.num_processes, accelerator.process_index
@@ -84,12 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("The instance prompt is %r; choose another with --instance_prompt.", settings.photos.prompt)
 
     with phases("load") as say:
-        base = load_base(plan)
-        base.to(accelerator.device, weight_dtype(accelerator))
+        base = load_base(plan, weight_dtype(accelerator))
+        base.pipeline.to(accelerator.device)
+        components = {name: getattr(base.pipeline, name) for name in plan.configs}
         if settings.compute.xformers:
-            base.unet.enable_xformers_memory_efficient_attention()
-        base_size = sum(p.numel() for name in plan.configs for p in getattr(base, name).parameters())
-        say(f"{plan.name}, {' and '.join(plan.configs)} of {base_size:,} parameters, {len(photo_paths)} images")
+            components[base.denoiser].enable_xformers_memory_efficient_attention()
+        base_size = sum(p.numel() for model in components.values() for p in model.parameters())
+        name = f"{base.pipeline_class} {settings.base.name}"
+        say(f"{name}, {' and '.join(components)} of {base_size:,} parameters, {len(photo_paths)} images")
+        if plan.left_out:
+            say(f"left out, since they cannot reach the output: {', '.join(plan.left_out)}")
 
     photos = settings.photos
     sets = [pictures("instance", photo_paths, photos.prompt, 1.0, photos, plan, base, settings.seed)]
@@ -100,17 +106,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             sets.append(pictures("class", paths, classes.prompt, classes.weight, photos, plan, base, settings.seed))
             say(f"{made} generated, {len(paths)} in use")
     cached = [each.source.keep_all((False, True) if photos.random_flip else (False,)) for each in sets]
-    if all(cached) and accelerator.device.type == "cuda":
-        base.vae.to("cpu")  # back for sampling
+    prompts = Prompts(base, live=settings.adapter.train_text_encoder)
+    if not prompts.live:
+        for each in sets:
+            prompts(each.prompt)
+    base.free(autoencoder=all(cached), text_encoders=not prompts.live)
 
-    components = add_adapters(settings, plan, base)
-    prompts = Prompts(
-        base.tokenizer, base.text_encoder, settings.base.max_tokens, live=settings.adapter.train_text_encoder
-    )
+    add_adapters(components, plan, settings.compute)
+    loss = DiffusionLoss(components, base, plan.objective, prompts)
     draws = estimate_draws(settings.estimate, layout, len(photo_paths))
     flags |= {"estimate_draws": draws}
     if resume_path is None:  # else order and positions are the checkpoint's
-        loss = DiffusionLoss(base.unet, base.scheduler, prompts, settings.loss)
         with phases("estimate") as say:
             batches = estimate_batches(settings.estimate, layout, sets[0].stream, sets[0].source, photos.prompt)
             prior = estimate(settings.estimate, components, loss, batches, accelerator)
@@ -122,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trainable = [p for model in components.values() for p in model.parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(settings.optimizer, trainable, layout.images_per_step, layout.steps)
-    *trained, optimizer = accelerator.prepare(*components.values(), optimizer)
-    if settings.adapter.train_text_encoder:
-        prompts.text_encoder = trained[1]
+    loss, optimizer = accelerator.prepare(loss, optimizer)
     # Stepped once a step by the loop itself: a prepared scheduler would count processes.
     accelerator.register_for_checkpointing(scheduler)
     checkpoints = Checkpoints(accelerator, settings.output_dir, components, settings.checkpoints.limit)
@@ -138,12 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if main_process and settings.checkpoints.overwrite:  # now that nothing is in the way of new ones
         clear_checkpoints(settings.output_dir)
 
-    loss = DiffusionLoss(trained[0], base.scheduler, prompts, settings.loss)
-    validate = Validation(
-        settings.validation, settings.output_dir / "validation", settings.seed, plan, base, accelerator
-    )
+    samples_dir = settings.output_dir / "validation"
+    validate = Validation(settings.validation, samples_dir, settings.seed, plan.resolution, base, accelerator)
     with phases("train") as say:
-        train(settings, layout, sets, loss, trained, optimizer, scheduler, checkpoints, state, phases, validate)
+        train(settings, layout, sets, loss, optimizer, scheduler, checkpoints, state, phases, validate)
         facts = training_facts(settings, layout, plan, state, optimizer.defaults["lr"], trainable, base_size)
         equal = " on equal draws" if replayed(layout.steps - 1, layout.steps) != layout.steps - 1 else ""
         say(f"{layout.steps} steps, loss {facts['loss_first']:.4f} -> {facts['loss_last']:.4f}{equal}")
@@ -187,27 +189,25 @@ def pictures(
     weight: float,
     photos: PhotoSettings,
     plan: BasePlan,
-    base: Base,
+    base: Family,
     seed: int,
 ) -> Pictures:
     """Images to train on, with their latents and draws; all are cropped and mirrored as the photos are."""
-    source = LatentSource(SquareImages(paths, plan.resolution, center_crop=photos.center_crop), base.vae)
+    source = LatentSource(SquareImages(paths, plan.resolution, center_crop=photos.center_crop), base)
     stream = DrawStream(name, seed, len(source), plan.latent_shape, random_flip=photos.random_flip)
     return Pictures(source, stream, prompt, weight)
 
 
-def add_adapters(settings: Settings, plan: BasePlan, base: Base) -> dict[str, nn.Module]:
-    """Put fresh adapters into what trains; returns those models by component name."""
-    components = {name: getattr(base, name) for name in plan.configs}
+def add_adapters(components: dict[str, nn.Module], plan: BasePlan, settings: ComputeSettings) -> None:
+    """Put fresh adapters into what trains, in float32."""
     for name, model in components.items():
-        model.add_adapter(plan.configs[name], ADAPTER)
+        inject_adapter(model, plan.configs[name], ADAPTER)
         cast_training_params(model, dtype=torch.float32)
-    if settings.compute.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        if settings.adapter.train_text_encoder:
-            base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-            base.text_encoder.train()  # transformers checkpoints no model that is not in training
-    return components
+        if settings.gradient_checkpointing and name == plan.family.denoiser:
+            model.enable_gradient_checkpointing()
+        elif settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # transformers checkpoints no model that is not in training
 
 
 def estimate(
@@ -236,8 +236,7 @@ def train(
     settings: Settings,
     layout: Layout,
     sets: Sequence[Pictures],
-    loss: DiffusionLoss,
-    models: Sequence[nn.Module],
+    loss: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     checkpoints: Checkpoints,
@@ -256,7 +255,7 @@ def train(
         for step in range(state.step, steps):
             mean = 0.0
             for samples in training_batches(layout, step, sets):
-                with accelerator.accumulate(*models):
+                with accelerator.accumulate(loss):
                     with accelerator.autocast():
                         value = loss(samples)
                     accelerator.backward(value)

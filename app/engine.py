@@ -22,11 +22,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from s2ft_diffusion import toybox
 from s2ft_diffusion.adapters.file import AdapterFileError
+from s2ft_diffusion.dreambooth.base import find_family, load_pipeline
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.settings import BaseSettings
+from s2ft_diffusion.families import FAMILIES, Family
+from s2ft_diffusion.pipelines.attach import adaptable_components
 
 from . import limits
 from .library import Entry, Library, plain
@@ -117,7 +122,7 @@ class Listener:
 class Worker:
     """One pipeline and the adapters loaded into it, the least recently used first."""
 
-    pipe: StableDiffusionPipeline
+    pipe: DiffusionPipeline
     loaded: OrderedDict[tuple, str] = field(default_factory=OrderedDict)
 
     def activate(self, wanted: list[tuple[Entry, float]]) -> None:
@@ -152,13 +157,14 @@ class Engine:
         # its own, and with more of them than there are cores it makes all of them wait less eagerly (a quarter slower).
         self.threads = ThreadPoolExecutor(pipelines, thread_name_prefix="generate")
         first = self.threads.submit(self._load, pipelines).result()
-        self.scheduler_config = dict(first.scheduler.config)
+        self.family = FAMILIES[type(first).__name__]
+        self.scheduler_class, self.scheduler_config = type(first.scheduler), dict(first.scheduler.config)
         self._tokenizer, self._counting = copy.deepcopy(first.tokenizer), threading.Lock()
-        self.components: Mapping[str, torch.nn.Module] = {"unet": first.unet, "text_encoder": first.text_encoder}
+        self.components: Mapping[str, torch.nn.Module] = adaptable_components(first)
 
-    def _load(self, pipelines: int) -> StableDiffusionPipeline:
+    def _load(self, pipelines: int) -> DiffusionPipeline:
         first = load_base(self.base, self.device, self.dtype)
-        self.preview = ColourMap(first.vae)
+        self.preview = ColourMap(FAMILIES[type(first).__name__](first))
         for number in range(pipelines):
             self._workers.put(Worker(first if number == 0 else _copy(first)))
         return first
@@ -192,7 +198,7 @@ class Engine:
             except (AdapterFileError, OSError) as error:
                 message = plain(str(error), *(entry.path for entry, _ in wanted))
                 raise RequestError(f"The adapter cannot be used: {message}") from None
-            words = _encode(worker.pipe, settings)
+            words = _encode(self.family(worker.pipe), settings)
             number, total = 0, settings.images * settings.steps
 
             def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
@@ -219,20 +225,22 @@ class Engine:
     @torch.no_grad()
     def _one(
         self,
-        pipe: StableDiffusionPipeline,
-        words: dict[str, torch.Tensor],
+        pipe: DiffusionPipeline,
+        words: dict[str, Any],
         settings: Settings,
         on_step_end: Callable[..., dict[str, torch.Tensor]],
     ) -> Image.Image:
-        kind, options = SCHEDULERS[settings.scheduler]
-        pipe.scheduler = getattr(diffusers, kind).from_config(self.scheduler_config, **options)
-        return pipe(
-            **words,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            generator=torch.Generator("cpu").manual_seed(settings.seed),
-            callback_on_step_end=on_step_end,
-        ).images[0]
+        kind, options = self.scheduler_class, {}
+        if self.family.samplers:  # else there is one, the base's own
+            name, options = SCHEDULERS[settings.scheduler]
+            kind = getattr(diffusers, name)
+        pipe.scheduler = kind.from_config(self.scheduler_config, **options)
+        call = {**self.family.call(steps=settings.steps, guidance=settings.guidance), **words}
+        if "callback_on_step_end" in self.family.call_defaults():
+            call["callback_on_step_end"] = on_step_end
+        else:  # an older pipeline's way to say the same
+            call["callback"] = lambda step, time, latents: on_step_end(pipe, step, time, {"latents": latents})
+        return pipe(**call, generator=torch.Generator("cpu").manual_seed(settings.seed)).images[0]
 
     def _signed(self, image: Image.Image, settings: Settings, wanted: list[tuple[Entry, float]]) -> Image.Image:
         """The image with its settings as PNG text: ours under "s2ft", and the line that other programs read."""
@@ -252,31 +260,34 @@ def _out_of_memory(error: BaseException) -> bool:
     return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def load_base(base: str, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+def load_base(base: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
     """A pipeline of the base, quiet; raises OSError where it cannot be loaded."""
-    pipe = StableDiffusionPipeline.from_pretrained(
-        toybox.resolve(base), torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-    )
+    try:
+        family, _ = find_family(BaseSettings(base))
+        pipe = load_pipeline(toybox.resolve(base), family, dtype)
+    except InputError as error:
+        raise OSError(str(error)) from None
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def _copy(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
-    """A pipeline with adaptable models and a tokenizer of its own; what no request touches is shared.
+def _copy(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """A pipeline with adaptable models and tokenizers of its own; what no request touches is shared.
 
     A tokenizer keeps how it pads and truncates: one that encodes for two requests at once may pad one as the other.
     """
-    own = {name: copy.deepcopy(getattr(pipe, name)) for name in ("unet", "text_encoder", "tokenizer", "scheduler")}
-    other = StableDiffusionPipeline(**{**pipe.components, **own}, requires_safety_checker=False)
+    family = FAMILIES[type(pipe).__name__]
+    changed = (*adaptable_components(pipe), "scheduler", *(name for name in pipe.components if "tokenizer" in name))
+    own = {name: copy.deepcopy(getattr(pipe, name)) for name in changed}
+    options = {name: value for name, value in family.load_options.items() if name not in pipe.components}
+    other = type(pipe)(**{**pipe.components, **own}, **options)
     other.set_progress_bar_config(disable=True)
     return other
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _encode(pipe: StableDiffusionPipeline, settings: Settings) -> dict[str, torch.Tensor | None]:
-    """The prompts as the pipeline takes them: encoded once for all images of a request."""
-    prompt, negative = pipe.encode_prompt(
-        settings.prompt, pipe.device, 1, settings.guidance > 1, settings.negative_prompt or None
-    )
-    return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+def _encode(base: Family, settings: Settings) -> dict[str, Any]:
+    """The prompts as the pipeline takes them: encoded once for all images of a request, where the family can."""
+    negative = settings.negative_prompt if base.negative_prompt is not None else ""
+    return base.words(settings.prompt, negative, settings.guidance)

@@ -23,7 +23,7 @@ from PIL import Image
 from s2ft_diffusion.dreambooth.errors import InputError
 
 from .encoders import Encoders
-from .generation import claim, image_path, load_pipeline, make_images, read_images, write_image
+from .generation import claim, image_path, make_images, picturing, read_images, write_image
 from .methods import BASE, DRAWN, Method
 from .prompts import Prompt, drift_prompts
 from .protocol import Protocol, Subject, make_protocol
@@ -128,7 +128,7 @@ class Laboratory:
         trained = train(cell.method, cell.rate, protocol.run(subject, cell.seed), self.device)
         if trained.weights is not None:
             (cell.folder / "weights.safetensors").write_bytes(trained.weights)
-        pipe = load_pipeline(protocol.base, self.device, trained.base.unet.dtype, unet=trained.base.unet)
+        pipe = picturing(trained.base)
         prompts, away = protocol.prompts(subject), drift_prompts(subject.class_name)
         seeds, few = range(protocol.images_per_prompt), range(protocol.drift_images)
         wanted = [(p.text, s) for p in prompts for s in seeds] + [(p, s) for p in away for s in few]

@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import PartialState
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
 from s2ft_diffusion import toybox
+from s2ft_diffusion.dreambooth.base import find_family
+from s2ft_diffusion.dreambooth.base import load_pipeline as pipeline_of
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.settings import BaseSettings
+from s2ft_diffusion.families import FAMILIES, Family
 from s2ft_diffusion.tuner.seeding import seeded
 
 
@@ -31,21 +36,28 @@ class Sampling:
     resolution: int | None = None
 
 
-def load_pipeline(base: str, device: str, dtype: torch.dtype, **components: Any) -> StableDiffusionPipeline:
-    """The base's pipeline with DDIM, quiet, with components of one's own. Raises InputError if it cannot be loaded."""
-    try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            toybox.resolve(base),
-            torch_dtype=dtype,
-            safety_checker=None,
-            requires_safety_checker=False,
-            **components,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"The base {base!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+def sampling_for(base: str, steps: int | None, guidance: float | None, resolution: int | None) -> Sampling:
+    """What is not given is as usual: for the embedded bases, else for the base's family. Raises InputError."""
+    usual = Sampling()
+    if not toybox.is_embedded(base):
+        family = find_family(BaseSettings(base))[0].sampling()
+        usual = Sampling(family.steps, family.guidance)
+    return Sampling(steps or usual.steps, usual.guidance if guidance is None else guidance, resolution)
+
+
+def load_pipeline(base: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """The base's pipeline, as `picturing` makes it. Raises InputError if it cannot be loaded."""
+    family, _ = find_family(BaseSettings(base))
+    return picturing(family(pipeline_of(toybox.resolve(base), family, dtype).to(device)))
+
+
+def picturing(base: Family) -> DiffusionPipeline:
+    """A loaded base's pipeline, quiet, with the scheduler that images are compared by."""
+    pipe = base.pipeline
+    if base.compared_by is not None:
+        pipe.scheduler = getattr(diffusers, base.compared_by).from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def image_path(folder: Path, prompt: str, seed: int) -> Path:
@@ -66,7 +78,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def generate(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     folder: Path,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -86,7 +98,7 @@ def generate(
 
 @torch.no_grad()
 def make_images(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     folder: Path,
     wanted: Sequence[tuple[str, int]],
     sampling: Sampling,
@@ -94,15 +106,14 @@ def make_images(
     batch_size: int = 1,
 ) -> None:
     """Make the images of prompts and seeds, `batch_size` at once, in this process."""
+    family = FAMILIES[type(pipe).__name__]
+    options = family.call(steps=sampling.steps, guidance=sampling.guidance, side=sampling.resolution)
     with tqdm(total=len(wanted), desc=description, unit="image", disable=not wanted, mininterval=1) as bar:
         for i in range(0, len(wanted), batch_size):
             batch = wanted[i : i + batch_size]
             made = pipe(
-                [prompt for prompt, _ in batch],
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                height=sampling.resolution,
-                width=sampling.resolution,
+                prompt=[prompt for prompt, _ in batch],
+                **options,
                 generator=[seeded("eval", prompt, seed) for prompt, seed in batch],
             ).images
             for (prompt, seed), image in zip(batch, made, strict=True):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from diffusers import UNet2DConditionModel
 from peft import FourierFTConfig, LoraConfig, PeftConfig, WaveFTConfig
 from torch import nn
 
@@ -92,15 +91,15 @@ def numbers(n_frequency: int | float, layer: nn.Module, factor: float = 1.0) -> 
     return min(round(factor * each), layer.weight.numel())
 
 
-def lora_rank(unet: UNet2DConditionModel, targets: Sequence[str], n_frequency: int | float) -> int:
+def lora_rank(denoiser: nn.Module, targets: Sequence[str], n_frequency: int | float) -> int:
     """The least rank at which LoRA has at least `LORA_NUMBERS` times the numbers of S²FT, on the same layers."""
-    layers = [unet.get_submodule(name) for name in targets]
+    layers = [denoiser.get_submodule(name) for name in targets]
     wanted = LORA_NUMBERS * sum(numbers(n_frequency, layer) for layer in layers)
     return math.ceil(wanted / sum(sum(delta_shape(layer)) for layer in layers))
 
 
 def peft_config(
-    kind: Kind, unet: UNet2DConditionModel, targets: Sequence[str], n_frequency: int | float, seed: int
+    kind: Kind, denoiser: nn.Module, targets: Sequence[str], n_frequency: int | float, seed: int
 ) -> PeftConfig:
     """PEFT's configuration of a method that it has: its own defaults but for the size, LoRA as diffusers' script.
 
@@ -108,9 +107,9 @@ def peft_config(
     WaveFT adapt no convolutions: where there are some among the targets, the linear layers have their numbers too.
     """
     if kind == "lora":
-        rank = lora_rank(unet, targets, n_frequency)
+        rank = lora_rank(denoiser, targets, n_frequency)
         return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
-    layers = {name: unet.get_submodule(name) for name in targets}
+    layers = {name: denoiser.get_submodule(name) for name in targets}
     linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
     spread = sum(numbers(n_frequency, layer) for layer in layers.values())
     spread /= sum(numbers(n_frequency, layer) for layer in linear.values())

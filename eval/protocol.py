@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from s2ft_diffusion import toybox
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images, load_image
@@ -23,7 +22,7 @@ from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, SUBJECTS, write_picture
 from s2ft_diffusion.toybox.subjects import Subject as ToySubject
 from s2ft_diffusion.tuner.config import S2FTConfig
 
-from .generation import Sampling
+from .generation import Sampling, sampling_for
 from .prompts import Prompt, read_classes, read_templates, toybox_templates
 from .score import add_encoder_arguments
 from .training import Run
@@ -112,7 +111,7 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, tri
     add("--images_per_prompt", type=int, default=4)
     add("--drift_images", type=int, default=2, help="images a prompt that does not name the subject")
     add("--sampling_steps", type=int, default=20)
-    add("--guidance", type=float, help="by default 4 for an embedded base, 7.5 else")
+    add("--guidance", type=float, help="by default 4 for an embedded base, else its pipeline's own")
     add("--output_dir", type=Path, default=Path(output_dir))
     add_encoder_arguments(parser)
 
@@ -209,8 +208,6 @@ def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protoco
         S2FTConfig(n_frequency=args.n_frequency)
     except ValueError as error:
         raise InputError(str(error)) from None
-    toy = toybox.is_embedded(args.base)
-    guidance = args.guidance if args.guidance is not None else 4.0 if toy else 7.5
     return Protocol(
         base=args.base,
         token=args.token,
@@ -222,7 +219,7 @@ def make_protocol(args: argparse.Namespace, encoders: dict[str, str]) -> Protoco
         prompt_file=str(args.prompts) if args.prompts else None,
         images_per_prompt=args.images_per_prompt,
         drift_images=args.drift_images,
-        sampling=Sampling(args.sampling_steps, guidance, args.resolution),
+        sampling=sampling_for(args.base, args.sampling_steps, args.guidance, args.resolution),
         encoders=tuple(encoders.items()),
     )
 

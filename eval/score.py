@@ -12,14 +12,16 @@ import torch
 from accelerate import PartialState
 
 from s2ft_diffusion import AdapterFileError, toybox
+from s2ft_diffusion.dreambooth.base import find_family
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.folders import check_apart
 from s2ft_diffusion.dreambooth.images import find_images, load_image
+from s2ft_diffusion.dreambooth.settings import BaseSettings
 from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 
 from .encoders import CLIP, DINO, LPIPS, TOYBOX, load_encoders
-from .generation import Sampling, claim, generate, load_pipeline, read_images
+from .generation import claim, generate, load_pipeline, read_images, sampling_for
 from .prompts import Prompt, drift_prompts, read_templates, toybox_templates
 from .scores import Scores, add_drift, contact_sheet, markdown, score_images, score_real
 
@@ -37,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--class_name", help="the subject's class; by default the adapter's")
     add("--token", default=UNSEEN_TOKEN, help="the unique token the adapter was trained with")
     add("--images_per_prompt", type=int, default=4)
-    add("--steps", type=int, default=25)
-    add("--guidance", type=float, default=None, help="by default 4 for an embedded base, 7.5 else")
+    add("--steps", type=int, help="by default 25 for an embedded base, else its pipeline's own")
+    add("--guidance", type=float, default=None, help="by default 4 for an embedded base, else its pipeline's own")
     add("--resolution", type=int, help="by default the base's own")
     add("--output_dir", type=Path, default=Path("outputs/scores"))
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="of generation; by default float16 on a GPU")
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     Raises InputError, AdapterFileError or EncoderError before anything is generated.
     """
     for name in ("images_per_prompt", "steps", "batch_size"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         raise InputError(f"--resolution must be a multiple of 8, got {args.resolution}.")
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     real = [load_image(path) for path in find_images(args.subject_dir)]
     try:
         path = find_adapter_file(args.adapter)
-        adapter = read_any_adapter(path, "unet")
+        adapter = read_any_adapter(path, find_family(BaseSettings(args.base))[0].denoiser)
     except OSError as error:
         raise InputError(str(error)) from None
     class_name = args.class_name or adapter.info.class_name
@@ -103,9 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     templates = read_templates(args.prompts, class_name) if args.prompts else toybox_templates()
     prompts = list(dict.fromkeys(Prompt.fill(template, args.token, class_name) for template in templates))
     away = drift_prompts(class_name)
-    toy = toybox.is_embedded(args.base)
-    guidance = args.guidance if args.guidance is not None else 4.0 if toy else 7.5
-    sampling = Sampling(args.steps, guidance, args.resolution)
+    sampling = sampling_for(args.base, args.steps, args.guidance, args.resolution)
     encoders = encoders_for(args)
     dtype = getattr(torch, args.dtype or ("float16" if args.device.startswith("cuda") else "float32"))
     pipe = load_pipeline(args.base, args.device, dtype)

@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from s2ft_diffusion.adapters.file import Adapter, GridWeights
 from s2ft_diffusion.dreambooth.arguments import amount
+from s2ft_diffusion.dreambooth.base import find_family
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.settings import EstimateSettings
+from s2ft_diffusion.dreambooth.settings import BaseSettings, EstimateSettings
+from s2ft_diffusion.pipelines.attach import denoiser_name, inject_adapter
 from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
@@ -36,7 +38,7 @@ from .generation import claim
 from .plots import plot_spectrum
 from .protocol import Subject, add_subject_arguments, find_subjects
 from .statistics import mean_and_error
-from .training import Run, Session
+from .training import ADAPTER, Run, Session
 
 TRUTH_SEED, FIXED_SEED = 1_000_003, 2_000_003  # the true change shares no draw with a prior
 TRUTH_RATE, CHECK_EVERY, PATIENCE, PLATEAU = 1e-4, 100, 3, 0.01
@@ -71,7 +73,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     adapter = None
     if args.adapter:
         try:
-            adapter = read_any_adapter(find_adapter_file(args.adapter), "unet")
+            adapter = read_any_adapter(
+                find_adapter_file(args.adapter), find_family(BaseSettings(args.base))[0].denoiser
+            )
         except OSError as error:
             raise InputError(str(error)) from None
     settings = {
@@ -120,7 +124,7 @@ def true_change(plan: Run, path: Path, device: str) -> tuple[dict[str, torch.Ten
     if path.exists():
         return load_file(path), json.loads(record.read_text(encoding="utf-8"))
     session = Session(plan, device=device)
-    weights = {name: session.unet.get_submodule(name).weight for name in session.targets}
+    weights = {name: session.denoiser.get_submodule(name).weight for name in session.targets}
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -159,7 +163,8 @@ def priors(plan: Run, device: str) -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for name, (estimate, draws) in tqdm(PRIORS.items(), desc="priors"):
         session = Session(plan, device=device)
-        session.unet.add_adapter(S2FTConfig(target_modules=session.targets, n_frequency=plan.n_frequency))
+        config = S2FTConfig(target_modules=session.targets, n_frequency=plan.n_frequency)
+        inject_adapter(session.denoiser, config, ADAPTER)
         estimated = session.prior(EstimateSettings(estimate, draws))
         found[name] = {layer: matrix.float().cpu() for layer, matrix in estimated.items()}
     return found
@@ -211,7 +216,7 @@ def _describe_layer(
 
 def check_targets(adapter: Adapter, targets: Collection[str]) -> None:
     """Raise InputError for an adapter of other layers than those looked at here."""
-    for name in adapter.layers.get("unet", {}):
+    for name in adapter.layers[denoiser_name(adapter.layers)]:
         if name not in targets:
             raise InputError(f"The adapter adapts {name}, which is not among the adapted projections here.")
 
@@ -220,7 +225,7 @@ def describe_adapter(adapter: Adapter, truth: Mapping[str, torch.Tensor]) -> dic
     """What a trained adapter's positions reach of a true change, and how much its own change is like it."""
     check_targets(adapter, truth)
     reached, likeness = [], []
-    for name, layer in adapter.layers.get("unet", {}).items():
+    for name, layer in adapter.layers[denoiser_name(adapter.layers)].items():
         if isinstance(layer, GridWeights):
             reached.append(energy.share_on_grid(truth[name], layer.grid, layer.rearrangement))
         else:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save
@@ -22,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from s2ft_diffusion.adapters.file import collect_adapter, write_adapter
-from s2ft_diffusion.dreambooth.base import Base, load_base, plan_base
+from s2ft_diffusion.dreambooth.base import load_base, plan_base
 from s2ft_diffusion.dreambooth.batches import Layout, estimate_batches
 from s2ft_diffusion.dreambooth.draws import DrawStream
 from s2ft_diffusion.dreambooth.errors import Diverged
@@ -30,7 +29,8 @@ from s2ft_diffusion.dreambooth.images import SquareImages, find_images
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
 from s2ft_diffusion.dreambooth.prompts import Prompts
 from s2ft_diffusion.dreambooth.settings import AdapterSettings, BaseSettings, EstimateSettings
-from s2ft_diffusion.pipelines.targets import attention_targets
+from s2ft_diffusion.families import Family
+from s2ft_diffusion.pipelines.attach import inject_adapter
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
 
 from .methods import Method, peft_config
@@ -66,7 +66,7 @@ class Trained:
     while training (on a GPU, what was allocated at most).
     """
 
-    base: Base
+    base: Family
     trainable: int
     share: float
     weights: bytes | None
@@ -87,33 +87,34 @@ class Session:
         self.layout = Layout(run.steps, run.batch)  # a run is one process's, however many share the work
         self.plan = plan_base(BaseSettings(run.base), self.adapter, run.resolution, run.seed)
         self.base = load_base(self.plan)
-        for model in (self.base.unet, self.base.vae, self.base.text_encoder):
-            model.to(device)
+        self.base.pipeline.to(device)
         held_out = [path for path, _ in run.held_out]
         photos = [path for path in find_images(run.photos) if path not in held_out]
         self.source, self.stream = self._pictures("instance", photos)
         self.held_out = self._pictures("held out", held_out)
-        prompts = Prompts(self.base.tokenizer, self.base.text_encoder)
-        self.loss = DiffusionLoss(self.base.unet, self.base.scheduler, prompts)
+        components = {self.base.denoiser: self.denoiser}
+        self.loss = DiffusionLoss(components, self.base, self.plan.objective, Prompts(self.base))
 
     def _pictures(self, name: str, paths: list[Path]) -> tuple[LatentSource, DrawStream]:
         images = SquareImages(paths, self.plan.resolution, center_crop=True)
-        source = LatentSource(images, self.base.vae)
+        source = LatentSource(images, self.base)
         source.keep_all((False,))
         return source, DrawStream(name, self.run.seed, len(paths), self.plan.latent_shape, random_flip=False)
 
     @property
-    def unet(self) -> UNet2DConditionModel:
-        return self.base.unet
+    def denoiser(self) -> nn.Module:
+        return getattr(self.base.pipeline, self.base.denoiser)
 
     @property
     def targets(self) -> list[str]:
-        return attention_targets(self.unet, self.run.targets)
+        """The layers that all methods adapt, in the model's order."""
+        wanted = self.plan.configs[self.base.denoiser].target_modules
+        return [name for name, _ in self.denoiser.named_modules() if name in wanted]
 
     def prior(self, settings: EstimateSettings) -> dict[str, torch.Tensor]:
         """The prior of what is attached, from the draws that the recipe takes."""
         batches = estimate_batches(settings, self.layout, self.stream, self.source, self.run.instance_prompt)
-        return estimate_prior(self.unet, self.loss, batches, estimate=settings.kind)
+        return estimate_prior(self.denoiser, self.loss, batches, estimate=settings.kind)
 
     def batch(self, step: int) -> list:
         """The samples of an optimizer step."""
@@ -134,19 +135,19 @@ class Session:
         """Make trainable what the method trains."""
         torch.manual_seed(self.run.seed)
         if method.kind == "full":
-            self.unet.requires_grad_(True)
+            self.denoiser.requires_grad_(True)
         elif method.kind == "s2ft":
-            self.unet.add_adapter(self.plan.configs["unet"], ADAPTER)
-            place_from_prior(self.unet, self.prior(method.estimate))
+            inject_adapter(self.denoiser, self.plan.configs[self.base.denoiser], ADAPTER)
+            place_from_prior(self.denoiser, self.prior(method.estimate))
         elif method.trains:
-            config = peft_config(method.kind, self.unet, self.targets, self.run.n_frequency, self.run.seed)
-            self.unet.add_adapter(config, ADAPTER)
+            config = peft_config(method.kind, self.denoiser, self.targets, self.run.n_frequency, self.run.seed)
+            inject_adapter(self.denoiser, config, ADAPTER)
 
 
 def train(method: Method, rate: float, run: Run, device: str = "cpu") -> Trained:
     """Train a method on a subject. Raises Diverged for a loss that is not finite."""
     session = Session(run, method.adapter, device)
-    size = sum(p.numel() for p in session.unet.parameters())
+    size = sum(p.numel() for p in session.denoiser.parameters())
     losses: list[float] = []
     with peak_memory(device) as peak:
         begun = time.perf_counter()
@@ -154,9 +155,9 @@ def train(method: Method, rate: float, run: Run, device: str = "cpu") -> Trained
         if method.trains:
             losses = _fit(session, method, rate)
         seconds = time.perf_counter() - begun
-    trainable = sum(p.numel() for p in session.unet.parameters() if p.requires_grad)
-    weights, length = _stored(session.unet, method)
-    merge(session.unet)
+    trainable = sum(p.numel() for p in session.denoiser.parameters() if p.requires_grad)
+    weights, length = _stored(session, method)
+    merge(session.denoiser)
     return Trained(session.base, trainable, trainable / size, weights, length, seconds, peak.bytes, losses)
 
 
@@ -173,7 +174,7 @@ def held_out_loss(method: Method, rate: float, run: Run, device: str = "cpu") ->
 
 def _fit(session: Session, method: Method, rate: float) -> list[float]:
     """Train what is attached; returns every step's loss."""
-    parameters = [p for p in session.unet.parameters() if p.requires_grad]
+    parameters = [p for p in session.denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     losses: list[float] = []
     for step in tqdm(range(session.run.steps), desc=f"{method.name} {rate:.1e}", mininterval=1):
@@ -188,27 +189,28 @@ def _fit(session: Session, method: Method, rate: float) -> list[float]:
     return losses
 
 
-def merge(unet: nn.Module) -> None:
+def merge(denoiser: nn.Module) -> None:
     """Merge adapters into the weights: images of all methods then cost the same."""
-    for module in unet.modules():
+    for module in denoiser.modules():
         if isinstance(module, BaseTunerLayer):
             module.merge()
-    unet.requires_grad_(False)
+    denoiser.requires_grad_(False)
 
 
-def _stored(unet: UNet2DConditionModel, method: Method) -> tuple[bytes | None, int]:
+def _stored(session: Session, method: Method) -> tuple[bytes | None, int]:
     """An adapter's file in half precision, and its size; of full fine-tuning, the size alone."""
+    denoiser = session.denoiser
     if method.kind == "base":
         return None, 0
     if method.kind == "full":
-        return None, sum(2 * p.numel() for p in unet.parameters())
+        return None, sum(2 * p.numel() for p in denoiser.parameters())
     if method.kind == "s2ft":
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adapter.safetensors"
-            write_adapter(path, collect_adapter({"unet": unet}, ADAPTER), "float16")
+            write_adapter(path, collect_adapter({session.base.denoiser: denoiser}, ADAPTER), "float16")
             data = path.read_bytes()
     else:
-        state = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+        state = get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
         data = save({name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()})
     return data, len(data)
 

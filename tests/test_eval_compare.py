@@ -20,7 +20,7 @@ pytest.importorskip("open_clip")
 
 from eval import ablation, cells, compare, methods, spectrum
 from eval.__main__ import main
-from eval.methods import LORA_NUMBERS, METHODS, Method, lora_rank, numbers, peft_config
+from eval.methods import LORA_NUMBERS, METHODS, lora_rank, numbers, peft_config, s2ft
 from eval.plots import plot_tradeoff
 from eval.protocol import Subject, find_subjects, make_quick
 from eval.rates import STEP, best_rate, next_rate
@@ -146,9 +146,9 @@ def test_quick_leaves_what_one_says() -> None:
 def test_a_method_knows_when_it_has_become_another() -> None:
     default, paper = (m.definition() for m in METHODS if m.kind == "s2ft")
     assert default != paper
-    changed = Method("s2ft-default", "another title", "s2ft", 1.0, ("--preset", "default", "--gamma", "3"))
+    changed = s2ft("s2ft-default", "another title", 1.0, gamma=3.0)
     assert changed.definition() != METHODS[-1].definition()
-    assert Method("s2ft-default", "x", "s2ft", 9.0, ("--preset", "default")).definition() == METHODS[-1].definition()
+    assert s2ft("s2ft-default", "x", 9.0).definition() == METHODS[-1].definition()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' /proc")

@@ -321,9 +321,9 @@ def test_the_subject_is_called_what_one_says(photos, tmp_path) -> None:
 def test_gradient_checkpointing_reaches_the_text_encoder(photos, tmp_path, monkeypatch) -> None:
     before, encoders = recipe.add_adapters, []
 
-    def keeping(args, plan, base):
-        encoders.append(base.text_encoder)
-        return before(args, plan, base)
+    def keeping(components, plan, settings):
+        encoders.append(components["text_encoder"])
+        return before(components, plan, settings)
 
     monkeypatch.setattr(recipe, "add_adapters", keeping)
     more = ("--max_train_steps", "1", "--train_text_encoder", "--gradient_checkpointing")

@@ -40,6 +40,7 @@ from .settings import (
 )
 from .text import decoded, printable
 
+WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")  # diffusers'
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 POLYNOMIAL_END = 1e-7  # diffusers' polynomial schedule goes down to this rate
@@ -139,13 +140,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr_warmup_steps", type=int, default=0, help="steps of warm-up of the scheduler")
     add("--lr_num_cycles", type=int, default=1, help="cycles of cosine_with_restarts")
     add("--lr_power", type=float, default=1.0, help="power of polynomial")
-    add("--use_8bit_adam", action="store_true", help="8-bit Adam from bitsandbytes")
+    add("--use_8bit_adam", action="store_true", help="8-bit Adam from bitsandbytes; needless: so little is trained")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's first beta")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's second beta")
     add("--adam_weight_decay", type=float, default=0.0, help="AdamW's weight decay")
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=float, default=1.0, help="norm that gradients are clipped to")
     add("--snr_gamma", type=float, help="gamma of min-SNR loss weights; 5.0 is usual")
+    add("--weighting_scheme", choices=WEIGHTING_SCHEMES, help="where a flow's times lie; by default the base's usual")
+    add("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
+    add("--logit_std", type=float, default=1.0, help="standard deviation of logit_normal")
+    add("--mode_scale", type=float, default=1.29, help="scale of mode")
+    add("--guidance_scale", type=float, help="guidance that a distilled base is told; by default its pipeline's own")
     add("--pre_compute_text_embeddings", action="store_true", help="always done unless --train_text_encoder is given")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default accelerate's own setting")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products")
@@ -216,7 +222,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     plain = {name: value for name, value in vars(args).items() if isinstance(value, str | int | float | None)}
     return Settings(
         base=BaseSettings(
-            args.pretrained_model_name_or_path, args.revision, args.variant, args.tokenizer_max_length
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.tokenizer_max_length,
+            args.guidance_scale,
         ),
         photos=PhotoSettings(
             Path(args.instance_dir), args.subject, args.instance_prompt, args.resolution, args.center_crop,
@@ -225,7 +232,9 @@ def _settings(args: argparse.Namespace) -> Settings:
         classes=classes,
         adapter=AdapterSettings.of(args.preset, args.targets, args.train_text_encoder, options),
         estimate=EstimateSettings(args.estimate, args.estimate_draws),
-        loss=LossSettings(args.snr_gamma),
+        loss=LossSettings(
+            args.snr_gamma, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale
+        ),
         length=LengthSettings(
             args.train_batch_size, args.gradient_accumulation_steps, args.max_train_steps, args.num_train_epochs
         ),
@@ -277,7 +286,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in positive + tuple(name for name in optional if getattr(args, name) is not None):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    for name in ("learning_rate", "scaling", "max_grad_norm", "adam_epsilon", "snr_gamma"):
+    for name in ("learning_rate", "scaling", "max_grad_norm", "adam_epsilon", "snr_gamma", "logit_std"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} must be above 0, got {getattr(args, name)}.")
     if args.adam_weight_decay < 0:

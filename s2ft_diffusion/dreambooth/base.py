@@ -1,79 +1,144 @@
-"""The base model: resolved, checked against the flags by its configs alone, then loaded."""
+"""The base model: resolved, checked against the settings by its configs alone, then loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
-from accelerate import PartialState, init_empty_weights
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import transformers
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .. import toybox
-from ..pipelines.targets import attention_targets
+from ..families import Family, family_of
+from ..families.objectives import Objective
+from ..pipelines.targets import attention_targets, unreachable
 from ..tuner.config import S2FTConfig
 from ..tuner.delta import trained_numbers
 from ..tuner.layer import delta_shape
 from .errors import InputError
-from .settings import AdapterSettings, BaseSettings
+from .settings import AdapterSettings, BaseSettings, LossSettings
 
 
-@dataclass
+@dataclass(frozen=True)
 class BasePlan:
-    """What the configs of a base say, before any weight is loaded: where it is, and whom to adapt how."""
+    """What the configs of a base say, before any weight is loaded: its family, where it is, and whom to adapt how.
 
-    name: str
+    `configs` are the adapters' by component, the denoiser's first; `left_out` are layers that the targets would name
+    but that cannot reach the base's output.
+    """
+
+    settings: BaseSettings
     location: str
+    family: type[Family]
     resolution: int
     latent_shape: tuple[int, int, int]
-    configs: dict[str, S2FTConfig]
-    revision: dict[str, str]
-    variant: dict[str, str]
+    objective: Objective
+    configs: Mapping[str, S2FTConfig]
+    left_out: tuple[str, ...]
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What `from_pretrained` takes of a base on the hub."""
+        return base_options(self.settings)
 
 
-def plan_base(settings: BaseSettings, adapter: AdapterSettings, resolution: int | None, seed: int) -> BasePlan:
-    """Read the base's configs and check against them what is to be adapted, at which side in pixels.
+def base_options(settings: BaseSettings) -> dict[str, str]:
+    """The revision and the variant, where they are given and the base is not the embedded one."""
+    given = {"revision": settings.revision, "variant": settings.variant}
+    return {name: value for name, value in given.items() if value and not toybox.is_embedded(settings.name)}
 
-    Raises InputError for a base that cannot be reached, is no Stable Diffusion 1.x/2.x, a resolution that its
-    autoencoder cannot take, and an n_frequency that a layer (named) has no room for.
-    """
-    name = settings.name
-    location, embedded = toybox.resolve(name), toybox.is_embedded(name)
-    revision = {"revision": settings.revision} if settings.revision and not embedded else {}
-    variant = {"variant": settings.variant} if settings.variant and not embedded else {}
+
+def find_family(settings: BaseSettings) -> tuple[type[Family], dict[str, Any]]:
+    """A base's family and its `model_index.json`; raises InputError where it is not found or of no known family."""
+    options = {key: value for key, value in base_options(settings).items() if key == "revision"}
     try:
-        unet_config = UNet2DConditionModel.load_config(location, subfolder="unet", **revision)
-        vae_config = AutoencoderKL.load_config(location, subfolder="vae", **revision)
-        text_config = CLIPTextConfig.from_pretrained(location, subfolder="text_encoder", **revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"The base model {name!r} cannot be loaded ({reason}). Without access to the hub, pass a local folder with "
-            "--pretrained_model_name_or_path FOLDER (Stable Diffusion in diffusers' layout), or use the embedded base "
-            "with --pretrained_model_name_or_path toybox."
-        ) from None
-    if unet_config.get("addition_embed_type") or unet_config["in_channels"] != vae_config["latent_channels"]:
-        raise InputError(f"{name!r} is no text-to-image Stable Diffusion 1.x or 2.x, which is what this trains.")
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    resolution = resolution or unet_config["sample_size"] * factor
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(unet_config)
-        models: dict[str, nn.Module] = {"unet": unet}
-        if adapter.train_text_encoder:
-            models["text_encoder"] = CLIPTextModel(text_config)
-    least = factor * 2 ** (len(unet_config["block_out_channels"]) - 1)
-    if resolution % least:
-        raise InputError(f"--resolution must be a multiple of {least} for this base, got {resolution}.")
-    configs = {}
+        index = DiffusionPipeline.load_config(toybox.resolve(settings.name), **options)
+    except (OSError, ValueError) as error:
+        raise _no_base(settings.name, error) from None
+    return family_of(index, settings.name), index
+
+
+def _no_base(name: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(
+        f"The base model {name!r} cannot be loaded ({reason}). Without access to the hub, pass a local folder with "
+        "--pretrained_model_name_or_path FOLDER (in diffusers' layout), or use the embedded base with "
+        "--pretrained_model_name_or_path toybox."
+    )
+
+
+def plan_base(
+    settings: BaseSettings,
+    adapter: AdapterSettings,
+    resolution: int | None,
+    seed: int,
+    loss: LossSettings | None = None,
+) -> BasePlan:
+    """Read the base's configs and check against them what is to be adapted, at which side in pixels, by which loss.
+
+    Raises InputError for a base that cannot be reached or is of no known family, a resolution that its autoencoder
+    cannot take, a text encoder that cannot be trained, and an n_frequency that a layer (named) has no room for.
+    """
+    name, location = settings.name, toybox.resolve(settings.name)
+    options = {key: value for key, value in base_options(settings).items() if key == "revision"}
+    family, index = find_family(settings)
+    try:
+        configs = {
+            component: getattr(diffusers, index[component][1]).load_config(location, subfolder=component, **options)
+            for component in (family.denoiser, "vae", "scheduler")
+        }
+        components = (family.denoiser, *trained_text_encoders(family, index, adapter))
+        with init_empty_weights():
+            models = {
+                component: empty_model(family, component, index, configs, location, options) for component in components
+            }
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _no_base(name, error) from None
+    if reason := family.check(configs):
+        raise InputError(f"{name!r} cannot be trained: {reason}.")
+    side = resolution or family.default_side(configs)
+    if side % family.multiple(configs):
+        raise InputError(f"--resolution must be a multiple of {family.multiple(configs)} for this base, got {side}.")
+    adapters, left_out = {}, []
     for component, model in models.items():
-        configs[component] = adapter.config(attention_targets(model, adapter.targets), seed)
-        _check_room(component, model, configs[component])
-    side = resolution // factor
-    latent_shape = (unet_config["in_channels"], side, side)
-    return BasePlan(name, location, resolution, latent_shape, configs, revision, variant)
+        lost = set(unreachable(model)) | set(family.unreachable(component, model))
+        named = attention_targets(model, adapter.targets, reachable=False)
+        left_out += [f"{component}.{layer}" for layer in named if layer in lost]
+        adapters[component] = adapter.config([layer for layer in named if layer not in lost], seed)
+        _check_room(component, model, adapters[component])
+    shape = family.latent_shape(configs, side)
+    objective = family.objective(configs, shape, loss or LossSettings())
+    return BasePlan(settings, location, family, side, shape, objective, adapters, tuple(left_out))
+
+
+def trained_text_encoders(family: type[Family], index: Mapping[str, Any], adapter: AdapterSettings) -> tuple[str, ...]:
+    """The text encoders that are trained; raises InputError where they are asked for and the base has none to train."""
+    if not adapter.train_text_encoder:
+        return ()
+    present = tuple(name for name in family.trainable_text_encoders if (index.get(name) or [None])[0] is not None)
+    if not present:
+        raise InputError(f"--train_text_encoder: the text encoder of {family.pipeline_class} is not to be trained.")
+    return present
+
+
+def empty_model(
+    family: type[Family],
+    component: str,
+    index: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
+    location: str,
+    options: Mapping[str, str],
+) -> nn.Module:
+    """A component from its config, to be built without weights."""
+    if component == family.denoiser:
+        return getattr(diffusers, family.denoiser_class).from_config(configs[component])
+    kind = getattr(transformers, index[component][1])
+    return kind(kind.config_class.from_pretrained(location, subfolder=component, **options))
 
 
 def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
@@ -85,53 +150,21 @@ def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
             raise InputError(f"{component}.{name}: {error}") from None
 
 
-@dataclass
-class Base:
-    """The loaded models of a base, frozen."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: DDPMScheduler
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the models, in one type."""
-        for model in (self.vae, self.text_encoder, self.unet):
-            model.to(device, dtype)
-
-    def pipeline(self, plan: BasePlan) -> StableDiffusionPipeline:
-        """A pipeline around these very models, with the base's own sampling scheduler."""
-        return StableDiffusionPipeline.from_pretrained(
-            plan.location,
-            unet=self.unet,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            **plan.revision,
-        )
+def load_pipeline(
+    location: str, family: type[Family], dtype: torch.dtype, options: Mapping[str, str] | None = None, **components: Any
+) -> DiffusionPipeline:
+    """A base's pipeline with all its models in a type; `components` take the place of its own. Raises InputError."""
+    kind = getattr(diffusers, family.pipeline_class)
+    try:
+        return kind.from_pretrained(location, torch_dtype=dtype, **family.load_options, **(options or {}), **components)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The base model {location!r} cannot be loaded: {str(error).strip()}") from None
 
 
-def load_base(plan: BasePlan) -> Base:
-    """Load the models in float32, in evaluation mode, with no parameter trainable."""
-    revision, weights = plan.revision, {**plan.revision, **plan.variant, "torch_dtype": torch.float32}
-    classes = {
-        "unet": (UNet2DConditionModel, weights),
-        "vae": (AutoencoderKL, weights),
-        "text_encoder": (CLIPTextModel, weights),
-        "tokenizer": (CLIPTokenizer, revision),
-        "scheduler": (DDPMScheduler, revision),
-    }
-    loaded: dict[str, Any] = {}
-    for name, (kind, options) in tqdm(classes.items(), desc="load", disable=not PartialState().is_main_process):
-        try:
-            loaded[name] = kind.from_pretrained(plan.location, subfolder=name, **options)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip()
-            raise InputError(f"The {name} of the base model {plan.name!r} cannot be loaded: {reason}") from None
-    for name in ("unet", "vae", "text_encoder"):
-        loaded[name].requires_grad_(False).eval()
-    return Base(**loaded)
+def load_base(plan: BasePlan, dtype: torch.dtype = torch.float32) -> Family:
+    """The family with its loaded pipeline: models in evaluation mode, with no parameter trainable."""
+    pipeline = load_pipeline(plan.location, plan.family, dtype, plan.options)
+    for model in pipeline.components.values():
+        if isinstance(model, nn.Module):
+            model.requires_grad_(False).eval()
+    return plan.family(pipeline, max_tokens=plan.settings.max_tokens, guidance=plan.settings.guidance)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
 from ..tuner.seeding import seeded
-from .base import BasePlan
+from .base import BasePlan, load_pipeline
 from .images import find_images, load_image
 from .settings import ClassSettings
 
@@ -33,17 +32,14 @@ def ensure_class_images(settings: ClassSettings, plan: BasePlan, seed: int, acce
         return 0
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     dtype = generation_dtype(settings.precision, accelerator.device)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        plan.location, torch_dtype=dtype, safety_checker=None, **plan.revision, **plan.variant
-    ).to(accelerator.device, dtype)
+    pipeline = load_pipeline(plan.location, plan.family, dtype, plan.options).to(accelerator.device)
     pipeline.set_progress_bar_config(disable=True)
     bar = tqdm(total=len(mine), desc="class images", disable=not accelerator.is_main_process)
     for start in range(0, len(mine), settings.batch):
         part = mine[start : start + settings.batch]
         images = pipeline(
-            [settings.prompt] * len(part),
-            height=plan.resolution,
-            width=plan.resolution,
+            prompt=[settings.prompt] * len(part),
+            **plan.family.call(side=plan.resolution),
             generator=[seeded(seed, "class image", i) for i, _ in part],
         ).images
         for (_, name), image in zip(part, images, strict=True):

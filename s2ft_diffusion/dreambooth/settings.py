@@ -27,12 +27,17 @@ NUMBERS: dict[Targets, int] = {"qv": 8000, "attention": 4000, "blocks": 3200, "a
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """Which base model: a hub id, a local folder or "toybox"; `max_tokens` is what a prompt is padded to."""
+    """Which base model: a hub id, a local folder or "toybox".
+
+    `max_tokens` is what a prompt is padded to, `guidance` what a guidance-distilled base is told; None is what its
+    pipeline's call says.
+    """
 
     name: str = DEFAULT_BASE
     revision: str | None = None
     variant: str | None = None
     max_tokens: int | None = None
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,17 @@ class EstimateSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Weights of the loss by timestep: `snr_gamma` is min-SNR's."""
+    """Weights of the loss by timestep.
+
+    `snr_gamma` is min-SNR's, for bases that predict noise or velocity. For those of flow matching, `weighting_scheme`
+    says where times lie and how they weigh (None: as is usual for the base), with the next three as its parameters.
+    """
 
     snr_gamma: float | None = None
+    weighting_scheme: str | None = None
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
 
 
 @dataclass(frozen=True)

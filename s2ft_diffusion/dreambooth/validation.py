@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from ..families import Family
 from ..tuner.seeding import seeded
-from .base import Base, BasePlan
 from .settings import ValidationSettings
 
 
@@ -22,28 +22,31 @@ class Validation:
         settings: ValidationSettings | None,
         folder: Path,
         seed: int,
-        plan: BasePlan,
-        base: Base,
+        resolution: int,
+        family: Family,
         accelerator: Accelerator,
     ) -> None:
-        self.settings, self.folder, self.seed = settings, folder, seed
-        self.plan, self.base, self.accelerator = plan, base, accelerator
+        self.settings, self.folder, self.seed, self.resolution = settings, folder, seed, resolution
+        self.family, self.accelerator = family, accelerator
 
     @torch.no_grad()
     def __call__(self, name: str, step: int) -> list[Path]:
         """Write `<name>-<i>.png`, show them to the trackers; returns the paths (none without a prompt)."""
         if self.settings is None or not self.accelerator.is_main_process:
             return []
-        self.base.vae.to(self.accelerator.device)
-        pipeline = self.base.pipeline(self.plan)
+        pipeline = self.family.pipeline
+        away = self.family.away()
+        for model in away:
+            model.to(self.accelerator.device)
         pipeline.set_progress_bar_config(desc="validate", leave=False)
         with self.accelerator.autocast():
             images = pipeline(
-                [self.settings.prompt] * self.settings.images,
-                height=self.plan.resolution,
-                width=self.plan.resolution,
+                prompt=[self.settings.prompt] * self.settings.images,
+                **self.family.call(side=self.resolution),
                 generator=[seeded(self.seed, "validation", i) for i in range(self.settings.images)],
             ).images
+        for model in away:
+            model.to("cpu")
         self._log(images, step)
         return self._write(images, name)
 

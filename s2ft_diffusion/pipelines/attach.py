@@ -167,6 +167,12 @@ def activate(components: Mapping[str, nn.Module], adapter_name: str) -> None:
                 module.set_adapter([adapter_name], inference_mode=True)
 
 
+def inject_adapter(model: nn.Module, config: S2FTConfig, adapter_name: str) -> None:
+    """Put a fresh adapter into a model, whether or not it has diffusers' or transformers' own `add_adapter`."""
+    inject_adapter_in_model(config, model, adapter_name)
+    model._hf_peft_config_loaded = True
+
+
 def check_swap(adapter: Adapter, components: Mapping[str, nn.Module], adapter_name: str | None, label: str) -> None:
     """Raise ValueError unless the adapter can take the place of `adapter_name`."""
     present = {c: _named_layers(c, model, adapter_name) for c, model in components.items()}

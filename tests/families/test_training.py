@@ -1,0 +1,147 @@
+"""Every family by the trainer's command: photos to a file, the file to an image; the recipe knows none by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+import train_dreambooth_s2ft as recipe
+from s2ft_diffusion import AdapterFileError, read_adapter
+from s2ft_diffusion.families import FAMILIES
+from tests.conftest import ROOT
+from tests.families.pipelines import COMPONENTS, SIDE
+from tests.test_trainer import ENVIRONMENT, train_here
+
+ALL = list(COMPONENTS)
+STATEFUL = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+
+
+def flags(base: Path, *more: str) -> tuple[str, ...]:
+    side = str(SIDE.get(base.name, 16))
+    return (
+        "--pretrained_model_name_or_path", str(base), "--targets", "blocks", "--n_frequency", "0.2", "--estimate",
+        "gradient", "--resolution", side, "--max_train_steps", "3", "--learning_rate", "5e-2", *more,
+    )  # fmt: skip
+
+
+def load(base: Path) -> diffusers.DiffusionPipeline:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def picture(pipe: diffusers.DiffusionPipeline, side: int) -> torch.Tensor:
+    options = FAMILIES[type(pipe).__name__].call(steps=2, side=side)
+    generator = torch.Generator().manual_seed(0)
+    return torch.as_tensor(pipe(prompt="a photo of sks dog", generator=generator, output_type="pt", **options).images)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_photos_to_a_file_to_an_image(saved, photos, tmp_path, name) -> None:
+    base = saved(name)
+    side = SIDE.get(name, 16)
+    sampling = ("--validation_prompt", "a photo of sks dog", "--num_validation_images", "1")
+    path = train_here(photos, tmp_path / "out", *flags(base, "--gradient_checkpointing", *sampling))
+    adapter = read_adapter(path)
+    assert any(bool(layer.coefficients.any()) for layers in adapter.layers.values() for layer in layers.values())
+    assert (tmp_path / "out" / "validation" / "final-0.png").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"from_pretrained({str(base)!r})" in card
+    pipe = load(base)
+    before = picture(pipe, side)
+    weights = {n: p.clone() for n, p in getattr(pipe, FAMILIES[name].denoiser).named_parameters()}
+    pipe.load_s2ft_weights(path)
+    adapted = picture(pipe, side)
+    assert not torch.equal(adapted, before)
+    pipe.set_adapters("default", 0.0)
+    assert torch.equal(picture(pipe, side), before)
+    pipe.set_adapters("default", 1.0)
+    assert torch.equal(picture(pipe, side), adapted)
+    pipe.fuse_s2ft()
+    torch.testing.assert_close(picture(pipe, side), adapted, rtol=0, atol=2e-2)
+    pipe.unfuse_s2ft()
+    assert torch.equal(picture(pipe, side), adapted)
+    pipe.unload_s2ft_weights()
+    after = dict(getattr(pipe, FAMILIES[name].denoiser).named_parameters())
+    assert all(torch.equal(after[n], value) for n, value in weights.items())
+    other = load(saved("StableDiffusionPipeline" if name != "StableDiffusionPipeline" else "StableDiffusionXLPipeline"))
+    with pytest.raises(AdapterFileError, match=r"transformer|this model has"):
+        other.load_s2ft_weights(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"]
+)  # fmt: skip
+def test_text_encoders_are_trained(saved, photos, tmp_path, name) -> None:
+    path = train_here(photos, tmp_path / "out", *flags(saved(name), "--train_text_encoder"))
+    adapter = read_adapter(path)
+    assert set(adapter.layers) == {FAMILIES[name].denoiser, *FAMILIES[name].trainable_text_encoders}
+    for layers in adapter.layers.values():
+        assert any(bool(layer.coefficients.any()) for layer in layers.values())
+    load(saved(name)).load_s2ft_weights(path)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "QwenImagePipeline", "PixArtSigmaPipeline"])
+def test_class_images_with_prompts_of_another_length(saved, photos, tmp_path, name) -> None:
+    classes = ("--with_prior_preservation", "--class_data_dir", str(tmp_path / "classes"), "--class_prompt",
+               "a photo of a dog, one of many more dogs", "--num_class_images", "2")  # fmt: skip
+    train_here(photos, tmp_path / "out", *flags(saved(name), *classes))
+    assert len(list((tmp_path / "classes").iterdir())) == 2
+
+
+def test_layers_that_were_left_out_are_said(saved, photos, tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    train_here(photos, tmp_path / "out", *flags(saved("QwenImagePipeline")))
+    assert "left out" in caplog.text
+    assert "transformer.transformer_blocks.1.attn.add_q_proj" in caplog.text
+
+
+def command(photos: Path, output: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train_dreambooth_s2ft.py"), "--instance_dir", str(photos), "--output_dir",
+            str(output), "--report_to", "none", *more]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATEFUL)
+def test_killed_and_resumed_is_bit_identical(saved, photos, tmp_path, name) -> None:
+    more = flags(saved(name), "--max_train_steps", "8", "--checkpointing_steps", "2", "--random_flip")
+    run = {"cwd": ROOT, "env": {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}}
+    subprocess.run(command(photos, tmp_path / "whole", *more), check=True, **run)
+    killed = command(photos, tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
+    child = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **run)
+    while not (tmp_path / "killed" / "checkpoint-2").exists() and child.poll() is None:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert (tmp_path / "killed" / "checkpoint-2").exists()
+    subprocess.run(killed, check=True, **run)
+    name = recipe.WEIGHTS_NAME
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATEFUL)
+def test_two_processes_equal_one(saved, photos, tmp_path, name) -> None:
+    more = flags(saved(name), "--learning_rate", "1e-3", "--train_text_encoder")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+              "--rdzv_endpoint", "127.0.0.1:0", *command(photos, tmp_path / "two", *more)[1:]]  # fmt: skip
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
+    subprocess.run(launch, check=True, cwd=ROOT, env=environment)
+    train_here(photos, tmp_path / "one", *more, "--train_batch_size", "2")
+    one, two = (read_adapter(tmp_path / folder / recipe.WEIGHTS_NAME) for folder in ("one", "two"))
+    assert set(one.layers) == set(two.layers) > {FAMILIES[name].denoiser}
+    moved = 0.0
+    for component, layers in one.layers.items():
+        for key, layer in layers.items():
+            other = two.layers[component][key]
+            moved = max(moved, float(layer.coefficients.abs().max()))
+            torch.testing.assert_close(other.coefficients, layer.coefficients, rtol=1e-2, atol=1e-4)
+    assert moved > 1e-3
