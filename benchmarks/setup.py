@@ -2,14 +2,19 @@
 
     python -m benchmarks.setup --shape sd15 --json docs/results/setup.json
     python -m benchmarks.setup --growth --json docs/results/setup.json
+    python -m benchmarks.setup --orders --json docs/results/setup.json
 
 The first times a gradient of the estimate and a training step beside it, and from its prior the search for orders and
 the sampling, for presets and choices of layers. The last column is the whole set-up as a share of a default
-training run, with five photos. `--growth` goes over sizes of one layer and numbers in it instead.
+training run, with five photos. `--growth` goes over sizes of one layer and numbers in it instead, `--orders` over the
+layers of FLUX.2-klein: seconds (of the clock, and of all cores together) for rows and columns of a layer and of all of
+its shape, with the most memory the process has had. Its rows of 1,280 are the length of the path, relative to
+that of the search that knows all distances.
 """
 
 from __future__ import annotations
 
+import resource
 import time
 
 import torch
@@ -22,8 +27,15 @@ from s2ft_diffusion.dreambooth.batches import Layout, estimate_draws
 from s2ft_diffusion.dreambooth.settings import DEFAULT_STEPS, EstimateSettings
 from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.tuner.config import PRESETS
+from s2ft_diffusion.tuner.long_path import short_path, sketch_rows_and_columns
 from s2ft_diffusion.tuner.prior import place_from_prior
-from s2ft_diffusion.tuner.rearrange import find_rearrangement
+from s2ft_diffusion.tuner.rearrange import (
+    distance_table,
+    find_rearrangement,
+    nearest_neighbor_order,
+    pairwise_inner_products,
+    two_opt,
+)
 from s2ft_diffusion.tuner.spectrum import sample_positions
 
 from .measure import alternate, medians, parser, report
@@ -41,10 +53,15 @@ def main() -> None:
     arguments.add_argument("--presets", nargs="+", choices=PRESETS, default=tuple(PRESETS))
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--growth", action="store_true")
+    arguments.add_argument("--orders", action="store_true")
     arguments.add_argument("--targets", nargs="+", choices=TARGETS, default=("qv", "attention"))
     args = arguments.parse_args()
     if args.growth:
         report("setup", args, growth(args.rounds))
+        return
+    if args.orders:
+        lengths = {f"path of 1,280 rows, {kind}": path_ratio(kind) for kind in KINDS}
+        report("setup", args, klein_orders(args.device), **lengths)
         return
     args.pixels = args.pixels or SHAPES[args.shape].pixels
     base = build(args.shape, args.device)
@@ -120,6 +137,46 @@ def growth(rounds: int) -> list[dict]:
             row |= {f"{preset} rearrange, s": min(searching), f"{preset} sample, s": min(sampling)}
         rows.append(row)
     return rows
+
+
+KLEIN_LAYERS = {(27648, 3072): 20, (18432, 3072): 10, (3072, 9216): 10, (3072, 3072): 40}
+KINDS = {"few directions": (64, -1.0, 0.05), "many directions": (400, -0.5, 0.5)}
+
+
+def like_a_prior(d: int, k: int, kind: str, device: str = "cpu") -> torch.Tensor:
+    """Directions whose weights fall as a power, and noise."""
+    count, power, noise = KINDS[kind]
+    generator = torch.Generator(device).manual_seed(0)
+    weights = torch.arange(1, count + 1, device=device) ** power
+    left = torch.randn(d, count, generator=generator, device=device).mul_(weights)
+    prior = torch.randn(d, k, generator=generator, device=device).mul_(noise)
+    return prior.addmm_(left, torch.randn(count, k, generator=generator, device=device))
+
+
+def klein_orders(device: str) -> list[dict]:
+    rows, total = [], 0.0
+    for (d, k), layers in KLEIN_LAYERS.items():
+        prior = like_a_prior(d, k, "many directions", device)
+        begun, busy = time.perf_counter(), time.process_time()
+        find_rearrangement(prior, distance="cosine", signs=True, refine="2opt", generator=torch.Generator())
+        seconds, busy = time.perf_counter() - begun, time.process_time() - busy
+        total += seconds * layers
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        rows.append(
+            {"d": d, "k": k, "layers": layers, "one, s": seconds, "of cores, s": busy, "all, s": seconds * layers}
+            | {"peak MB": peak, "of these the prior": prior.numel() * 4 // 2**20}
+        )
+        print(rows[-1], flush=True)
+    return [*rows, {**dict.fromkeys(rows[0]), "layers": sum(KLEIN_LAYERS.values()), "all, s": total}]
+
+
+def path_ratio(kind: str) -> float:
+    """How long a path from sketches is, relative to one from a table of all distances."""
+    matrix = like_a_prior(1280, 1280, kind)
+    table = distance_table(pairwise_inner_products(matrix, "cosine"), "cosine", True)
+    sketch, _ = sketch_rows_and_columns(matrix, cosine=True, signs=True, generator=torch.Generator().manual_seed(0))
+    exact, found = two_opt(table, nearest_neighbor_order(table, 0)), short_path(sketch, 0)
+    return round(float(table[found[:-1], found[1:]].sum() / table[exact[:-1], exact[1:]].sum()), 4)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,14 @@ from typing import Literal
 import numpy as np
 import torch
 
+from .long_path import nearest_walk, short_path, sketch_rows_and_columns
+
 Distance = Literal["euclidean", "cosine"]
 
 MAX_2OPT_SWEEPS = 8
+# Above, paths come from sketches (`long_path`): tables of all distances would take too long, or too much memory. The
+# walk alone takes less, and the widest models in the paper have 4,096 rows.
+EXACT_ROWS, EXACT_WALK_ROWS = 2048, 4096
 
 
 @dataclass(frozen=True)
@@ -156,23 +161,34 @@ def find_rearrangement(
     """Search the row and the column order of a prior (d, k), each by itself (Alg. 1).
 
     Without `columns`, columns stay as they are. A column distance does not change when rows are permuted or negated, so
-    the two searches are independent.
+    the two searches are independent. Up to `EXACT_ROWS` rows the search knows all distances; above, those of sketches
+    (`long_path`), whose products are made on the prior's device.
     `generator` (a CPU generator) draws the two starting points. Raises ValueError for a prior that is not finite.
     """
     if prior.ndim != 2:
         raise ValueError(f"A prior must be a matrix, got shape {tuple(prior.shape)}.")
     if not torch.isfinite(prior).all():
         raise ValueError("The prior has NaN or infinite entries.")
-    prior = prior.detach().to("cpu", torch.float32)
-    found = []
-    for matrix in (prior, prior.T) if columns else (prior,):
-        start = int(torch.randint(len(matrix), (), generator=generator))
-        similarity = pairwise_inner_products(matrix, distance)
-        table = distance_table(similarity, distance, signs)
-        order = nearest_neighbor_order(table, start)
-        if refine == "2opt":
-            order = two_opt(table, order)
-        sign = chain_signs(similarity, order) if signs else np.ones(len(order), dtype=np.int8)
+    prior = prior.detach().float()
+    found, sketches = [], None
+    for axis in range(2 if columns else 1):
+        count = prior.shape[axis]
+        start = int(torch.randint(count, (), generator=generator))
+        if count <= (EXACT_ROWS if refine == "2opt" else EXACT_WALK_ROWS):
+            matrix = prior.cpu()
+            similarity = pairwise_inner_products(matrix if axis == 0 else matrix.T, distance)
+            table = distance_table(similarity, distance, signs)
+            order = nearest_neighbor_order(table, start)
+            if refine == "2opt":
+                order = two_opt(table, order)
+            sign = chain_signs(similarity[order[:-1], order[1:]], order) if signs else np.ones(count, dtype=np.int8)
+        else:
+            if sketches is None:
+                sketches = sketch_rows_and_columns(prior, cosine=distance == "cosine", signs=signs, generator=generator)
+            sketch = sketches[axis]
+            order = short_path(sketch, start) if refine == "2opt" else nearest_walk(sketch, start)
+            steps = sketch.similarity(order[:-1], order[1:])
+            sign = chain_signs(steps, order) if signs else np.ones(count, dtype=np.int8)
         found.append((torch.from_numpy(order.astype(np.int32)), torch.from_numpy(sign)))
     if not columns:
         identity = Rearrangement.identity(*prior.shape)
@@ -256,11 +272,11 @@ def two_opt(table: np.ndarray, order: np.ndarray, max_sweeps: int = MAX_2OPT_SWE
     return tour[1:] - 1
 
 
-def chain_signs(similarity: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Signs (n,) that turn every row towards the one before it on the path; the first row keeps its own."""
+def chain_signs(steps: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Signs (n,) that turn every row towards the one before it on the path, the first row keeping its own; `steps`
+    (n - 1,) are the inner products of rows that are neighbours on it."""
     sign = np.ones(len(order), dtype=np.int8)
-    steps = np.where(similarity[order[:-1], order[1:]] < 0, -1, 1)
-    sign[order[1:]] = np.cumprod(steps)
+    sign[order[1:]] = np.cumprod(np.where(steps < 0, -1, 1))
     return sign
 
 
