@@ -148,10 +148,21 @@ class Worker:
 
 
 class Engine:
-    """Pipelines of one base, as many as generations may run at once; each has its own adapters and scheduler."""
+    """Pipelines of one base, as many as generations may run at once; each has its own adapters and scheduler.
 
-    def __init__(self, base: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, pipelines: int = 1):
-        self.base, self.device, self.dtype = base, device, dtype
+    Images have `side` pixels, by default the base's own.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pipelines: int = 1,
+        side: int | None = None,
+    ) -> None:
+        self.base, self.device, self.dtype, self.side = base, device, dtype, side
         self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         # Generations run in these threads, and so does loading: OpenMP gives each thread that ever computes a pool of
         # its own, and with more of them than there are cores it makes all of them wait less eagerly (a quarter slower).
@@ -235,7 +246,7 @@ class Engine:
             name, options = SCHEDULERS[settings.scheduler]
             kind = getattr(diffusers, name)
         pipe.scheduler = kind.from_config(self.scheduler_config, **options)
-        call = {**self.family.call(steps=settings.steps, guidance=settings.guidance), **words}
+        call = {**self.family.call(steps=settings.steps, guidance=settings.guidance, side=self.side), **words}
         if "callback_on_step_end" in self.family.call_defaults():
             call["callback_on_step_end"] = on_step_end
         else:  # an older pipeline's way to say the same

@@ -20,6 +20,7 @@ from tests.families.pipelines import COMPONENTS, SIDE
 from tests.test_trainer import ENVIRONMENT, train_here
 
 ALL = list(COMPONENTS)
+SAMPLED = ("Flux2KleinPipeline",)  # by fifty steps: one is enough, how each is called is tested with `eval`
 STATEFUL = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
 
 
@@ -48,17 +49,17 @@ def picture(pipe: diffusers.DiffusionPipeline, side: int) -> torch.Tensor:
 def test_photos_to_a_file_to_an_image(saved, photos, tmp_path, name) -> None:
     base = saved(name)
     side = SIDE.get(name, 16)
-    sampling = ("--validation_prompt", "a photo of sks dog", "--num_validation_images", "1")
+    sampling = ("--validation_prompt", "a photo of sks dog", "--num_validation_images", "1") if name in SAMPLED else ()
     path = train_here(photos, tmp_path / "out", *flags(base, "--gradient_checkpointing", *sampling))
     adapter = read_adapter(path)
     assert any(bool(layer.coefficients.any()) for layers in adapter.layers.values() for layer in layers.values())
-    assert (tmp_path / "out" / "validation" / "final-0.png").exists()
+    assert (tmp_path / "out" / "validation" / "final-0.png").exists() == (name in SAMPLED)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"from_pretrained({str(base)!r})" in card
     pipe = load(base)
     before = picture(pipe, side)
     weights = {n: p.clone() for n, p in getattr(pipe, FAMILIES[name].denoiser).named_parameters()}
-    pipe.load_s2ft_weights(path)
+    pipe.load_s2ft_weights(path, adapter_name="default")
     adapted = picture(pipe, side)
     assert not torch.equal(adapted, before)
     pipe.set_adapters("default", 0.0)
