@@ -19,6 +19,8 @@ pytestmark = pytest.mark.timeout(3 * PATIENCE)
 
 pytestmark = pytest.mark.slow
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch) -> None:
