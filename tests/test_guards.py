@@ -147,15 +147,40 @@ def test_a_fused_scale_is_not_left_behind(pipe, folder, lora) -> None:
 
 
 def test_a_second_adapter_beside_a_fused_one(pipe, folder, tmp_path) -> None:
+    before = state(pipe)
+    other = second_folder(copy_of(pipe), tmp_path)
     pipe.load_s2ft_weights(folder[0], adapter_name="a")
-    pipe.load_s2ft_weights(second_folder(copy_of(pipe), tmp_path), adapter_name="b")
-    pipe.set_adapters("a")
-    pipe.fuse_s2ft()
-    with pytest.raises(ValueError, match=r"'a' is fused, and 'b' would do nothing beside it; call unfuse_s2ft\(\)"):
-        pipe.set_adapters(["a", "b"])
-    pipe.set_adapters("a")
+    pipe.load_s2ft_weights(other, adapter_name="b")
+    pipe.set_adapters(["a", "b"])
+    both = generate(pipe)
+    pipe.fuse_s2ft(adapter_names="a")
+    close(generate(pipe), both)
+    pipe.delete_adapters("b")
+    close(generate(pipe), folder[1])
+    pipe.load_s2ft_weights(other, adapter_name="b")
+    close(generate(pipe), both)
+    with pytest.raises(ValueError, match=r"'a' is fused; call unfuse_s2ft\(\)"):
+        pipe.load_s2ft_weights(other, adapter_name="a", hotswap=True)
     pipe.unfuse_s2ft()
-    pipe.set_adapters("b")
+    pipe.set_adapters("a")
+    close(generate(pipe), folder[1])
+    pipe.unload_s2ft_weights()
+    assert same_state(pipe, before)
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_deleting_the_active_adapter_makes_one_active_on_all_layers(pipe, folder, lora, tmp_path, lora_first) -> None:
+    other = second_folder(copy_of(pipe), tmp_path)
+    loads = [
+        lambda: pipe.load_lora_weights(lora[0], adapter_name="style"),
+        lambda: (pipe.load_s2ft_weights(other, adapter_name="cat"), pipe.load_s2ft_weights(folder[0], "dog")),
+    ]
+    for load in loads if lora_first else loads[::-1]:
+        load()
+    pipe.set_adapters("cat")
+    pipe.delete_adapters("cat")
+    assert pipe.get_active_adapters() == ["dog"]
+    close(generate(pipe), folder[1])
 
 
 # What stays behind ---------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_one_evaluation_of_a_low_precision_denoiser(pipe, folder) -> None:
     path, _ = folder
     exact, rounded = pipe.unet, copy.deepcopy(pipe.unet).to(torch.bfloat16)
     inputs = (
-        torch.randn(4, 16, 8, 8, generator=seeded("x")),
+        torch.randn(4, 4, 8, 8, generator=seeded("x")),
         torch.tensor(500),
         pipe.encode_prompt("a photo", "cpu", 4, False)[0],
     )
@@ -91,7 +91,7 @@ def test_fusing_into_bf16_warns_when_it_rounds_the_change_away(pipe, folder) -> 
     path, _ = folder
     pipe.unet.to(torch.bfloat16)
     pipe.load_s2ft_weights(path)
-    pipe.set_adapters("s2ft_0", 1e-2)
+    pipe.set_adapters("s2ft_0", 1e-4)
     with pytest.warns(UserWarning, match="rounds an adapter's change"):
         pipe.fuse_s2ft()
     before = {k: v for k, v in pipe.unet.state_dict().items() if "base_layer" in k}
@@ -122,7 +122,7 @@ def test_layerwise_casting_of_a_pipeline_with_an_adapter(pipe, folder) -> None:
     pipe.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     layer = next(m for m in pipe.unet.modules() if isinstance(m, S2FTLinear))
     assert layer.get_base_layer().weight.dtype == torch.bfloat16
-    assert (generate(pipe) - expected).abs().mean() < 0.02
+    assert (generate(pipe) - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
 @pytest.mark.parametrize("offload", ["group", "group_leaf"])

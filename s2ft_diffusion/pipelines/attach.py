@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -139,7 +142,9 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
                 adapter.configs[component], target_modules="|".join(map(re.escape, names)), inference_mode=True
             )
             config.n_frequency, config.n_frequency_pattern = 2, {}  # their places are taken at once
-            inject_adapter_in_model(config, model, adapter_name)
+            with left_alone(present), warnings.catch_warnings():  # PEFT would unfuse what is fused
+                warnings.filterwarnings("ignore", "Adapter cannot be set when the model is merged")
+                inject_adapter_in_model(config, model, adapter_name)
             placed = model.peft_config[adapter_name]
             placed.target_modules = set(names)
             placed.n_frequency = adapter.configs[component].n_frequency
@@ -156,6 +161,25 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         raise
+
+
+@contextmanager
+def left_alone(layers: Iterable[S2FTLayer]) -> Iterator[None]:
+    """Within the block, whoever walks over all PEFT layers neither fuses, unfuses nor scales these."""
+
+    def nothing(*args: Any, adapter_names: Any = None, **kwargs: Any) -> None:
+        pass
+
+    names = ("merge", "unmerge", "scale_layer")
+    layers = [layer for layer in layers if "merge" not in vars(layer)]  # not yet, that is
+    for layer in layers:
+        vars(layer).update(dict.fromkeys(names, nothing))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            for name in names:
+                del vars(layer)[name]
 
 
 def activate(components: Mapping[str, nn.Module], adapter_name: str) -> None:

@@ -8,8 +8,7 @@ without S2FT layers runs diffusers' code alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -20,11 +19,20 @@ from diffusers.loaders import lora_pipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models import controlnets
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapters.names import module_name
 from ..tuner.layer import S2FTLayer
-from .attach import activate, adaptable_components, drop_empty_layers, s2ft_adapters, s2ft_configs, s2ft_layers
+from .attach import (
+    activate,
+    adaptable_components,
+    drop_empty_layers,
+    left_alone,
+    s2ft_adapters,
+    s2ft_configs,
+    s2ft_layers,
+)
 from .offloading import offloading_paused
 
 Method = Callable[..., Any]
@@ -36,7 +44,6 @@ def install_guards() -> None:
         (LoraBaseMixin, "unload_lora_weights", _unload_lora),
         (LoraBaseMixin, "fuse_lora", _fuse_lora),
         (LoraBaseMixin, "unfuse_lora", _unfuse_lora),
-        (LoraBaseMixin, "set_adapters", _set_adapters),
         (LoraBaseMixin, "delete_adapters", _delete_adapters),
         (LoraBaseMixin, "set_lora_device", _set_lora_device),
         (PeftAdapterMixin, "fuse_lora", _on_a_model),
@@ -56,25 +63,6 @@ def install_guards() -> None:
 
 
 # Each takes its own --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def left_alone(layers: Iterable[S2FTLayer]) -> Iterator[None]:
-    """Within the block, whoever walks over all PEFT layers neither fuses, unfuses nor scales these."""
-
-    def nothing(*args: Any, adapter_names: Any = None, **kwargs: Any) -> None:
-        pass
-
-    names = ("merge", "unmerge", "scale_layer")
-    layers = [layer for layer in layers if "merge" not in vars(layer)]  # not yet, that is
-    for layer in layers:
-        vars(layer).update(dict.fromkeys(names, nothing))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            for name in names:
-                del vars(layer)[name]
 
 
 def _fuse_lora(original: Method) -> Method:
@@ -181,38 +169,34 @@ def _names(pipeline: DiffusionPipeline) -> list[str]:
     return [name for model in models for name in getattr(model, "peft_config", {})]
 
 
-def _set_adapters(original: Method) -> Method:
-    """A layer that has one adapter fused runs no other: say so instead of ignoring it."""
-
-    @functools.wraps(original)
-    def set_adapters(self: Any, adapter_names: list[str] | str, *args: Any, **kwargs: Any) -> Any:
-        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        for layer in s2ft_layers(self):
-            unfused = names & set(layer.s2ft_delta) - set(layer.merged_adapters)
-            if layer.merged and unfused:
-                raise ValueError(
-                    f"{layer.merged_adapters[0]!r} is fused, and {min(unfused)!r} would do nothing beside it; call "
-                    "unfuse_s2ft() first, or fuse both: fuse_s2ft(adapter_names=[...])."
-                )
-        return original(self, adapter_names, *args, **kwargs)
-
-    return set_adapters
+def set_active(pipeline: DiffusionPipeline, names: list[str]) -> None:
+    """The active adapters on every layer, of whatever kind; what is switched off stays off."""
+    for model in adaptable_components(pipeline).values():
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter(names, inference_mode=True)
 
 
 # What stays behind ---------------------------------------------------------------------------------------------------
 
 
 def _delete_adapters(original: Method) -> Method:
-    """With its last adapter a layer goes, too: the model is the base again, to be saved or copied."""
+    """With its last adapter a layer goes, too: the model is the base again, to be saved or copied.
+
+    Where no active adapter is left, PEFT makes each layer's first one active: here it is one for all layers.
+    """
 
     @functools.wraps(original)
     def delete_adapters(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not s2ft_layers(self):
             return original(self, *args, **kwargs)
+        active = self.get_active_adapters()
         with offloading_paused(self):
             result = original(self, *args, **kwargs)
             for model in adaptable_components(self).values():
                 drop_empty_layers(model)
+            left = sorted(_names(self))
+            set_active(self, [name for name in active if name in left] or left[:1])
         return result
 
     return delete_adapters

@@ -109,8 +109,8 @@ def load_s2ft_weights(
     if adapter_name in used and not hotswap:
         raise ValueError(f"There is an adapter named {adapter_name!r} already; delete it, or choose another name.")
     check_fits(adapter, components, label)
-    if any(layer.merged for layer in s2ft_layers(self)):
-        raise ValueError("An S2FT adapter is fused; call unfuse_s2ft() before loading another.")
+    if hotswap and any(adapter_name in layer.merged_adapters for layer in s2ft_layers(self)):
+        raise ValueError(f"{adapter_name!r} is fused; call unfuse_s2ft() before another takes its place.")
     with offloading_paused(self):
         if hotswap:
             swap_adapter(components, adapter, adapter_name)

@@ -223,7 +223,9 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
             return base(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        scales = {} if self.merged_adapters else self._scales()
+        scales = self._scales()
+        if self.merged_adapters:  # what is in the weight is not added again; what is active beside it is
+            scales = {name: scale for name, scale in scales.items() if name not in self.merged_adapters}
         if not scales:
             return base(x, *args, **kwargs)
         deltas = self.s2ft_delta._modules
