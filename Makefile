@@ -7,7 +7,7 @@ STAMP := $(VENV)/.s2ft-installed
 
 PYTEST := $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: install demo test test-slow test-all lint format
+.PHONY: install demo test test-slow test-all docs lint format
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ test-slow: $(STAMP)
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+docs: $(STAMP)
+	$(PYTHON) -m pip install --quiet --editable ".[docs]"
+	$(PYTHON) -m mkdocs build --strict
 
 format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .
