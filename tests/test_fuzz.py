@@ -1,0 +1,15 @@
+"""A short run of the fuzzer, always the same one; `python -m tests.fuzz_adapter_file` runs for as long as one likes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz_adapter_file import fuzz
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_mutated_adapter_files(tmp_path, count) -> None:
+    outcomes, broken = fuzz(tmp_path, seed=0, files=count)
+    assert not broken, [path.with_suffix(".txt").read_text(encoding="utf-8") for path in broken[:3]]
+    assert outcomes.total() == count
+    assert min(outcomes["refused"], outcomes["used"]) > 0
