@@ -78,7 +78,10 @@ def load_s2ft_weights(
         hotswap: put the adapter in the place of `adapter_name`, which must be loaded and have the same layers with as
             many numbers. Nothing but values changes, so that a compiled pipeline is not compiled again. The place
             keeps its scaling (alpha): another one is multiplied into the coefficients.
-        weight_name, subfolder, revision, token: which file of a folder or repository, as in `load_lora_weights`.
+        weight_name: which file of a folder or repository, as in `load_lora_weights`; so also:
+        subfolder: the folder inside it.
+        revision: the repository's.
+        token: of the hub.
 
     The adapter loaded last, S2FT or LoRA, is the active one, also after `disable_lora`; activate several with
     `set_adapters`. Its coefficients keep the file's type and stay frozen: to train on, set its config's

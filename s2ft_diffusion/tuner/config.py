@@ -66,7 +66,8 @@ class S2FTConfig(PeftConfig):
         seed: of starting points and positions.
         init_weights: True starts at a delta weight of zero, False at random coefficients (for tests).
         modules_to_save: further modules to train and save whole.
-        layers_to_transform, layers_pattern: restrict to layers by index, as in PEFT.
+        layers_to_transform: restrict to layers by index, as in PEFT.
+        layers_pattern: the name of the list that the indexes are of, as in PEFT.
     """
 
     target_modules: list[str] | str | None = None

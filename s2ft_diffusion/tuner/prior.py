@@ -54,7 +54,8 @@ def initialize_s2ft_weights(
         batches: the subset of Eq. 4; each one gradient. Use all instance images, several noise draws of each.
         estimate: see `estimate_prior`.
         adapter_name: whose order and positions are set; its coefficients become zero.
-        step_size, gradient_accumulation_steps: of the steps of estimate="full".
+        step_size: of the steps of estimate="full".
+        gradient_accumulation_steps: of the same.
         progress: show a bar over the layers while rearranging.
 
     In a process group every process passes its own batches; process 0 derives order and positions and sends them to the
