@@ -15,11 +15,7 @@ from app.limits import RequestError
 from app.training import UNFINISHED, Job, TrainingQueue, store_photos
 from tests.gradio_app.conftest import PATIENCE, until
 
-pytestmark = pytest.mark.timeout(3 * PATIENCE)
-
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE)]
 
 
 @pytest.fixture(autouse=True)
