@@ -53,12 +53,13 @@ from s2ft_diffusion.dreambooth.process import (
     set_up_logging,
     weight_dtype,
 )
-from s2ft_diffusion.dreambooth.prompts import Prompts
+from s2ft_diffusion.dreambooth.prompts import Prompts, check_prompts
 from s2ft_diffusion.dreambooth.publish import describe, open_repository, publish, usage_snippet
 from s2ft_diffusion.dreambooth.settings import ComputeSettings, EstimateSettings, PhotoSettings, Settings
 from s2ft_diffusion.dreambooth.validation import Validation
 from s2ft_diffusion.families import Family
 from s2ft_diffusion.pipelines.attach import inject_adapter
+from s2ft_diffusion.tuner.estimate import NotFiniteError
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
 
 logger = logging.getLogger("train_dreambooth_s2ft")
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = {**settings.flags, "images": fingerprints(photo_paths)}
     resume_path = prepare_output_dir(settings.output_dir, settings.checkpoints, flags)
     plan = plan_base(settings.base, settings.adapter, settings.photos.resolution, settings.seed, settings.loss)
+    check_prompts(settings)
     accelerator = make_accelerator(settings)
     main_process = accelerator.is_main_process
     processes = accelerator.num_processes, accelerator.process_index
@@ -228,7 +230,7 @@ def estimate(
     bar = tqdm(batches, desc="estimate", disable=not accelerator.is_main_process)
     try:
         return estimate_prior(list(components.values()), magnified, bar, estimate=settings.kind, adapter_name=ADAPTER)
-    except ValueError as error:
+    except NotFiniteError as error:
         raise Diverged(str(error)) from None
 
 

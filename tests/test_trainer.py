@@ -20,6 +20,7 @@ from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter
 from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.prompts import check_prompts, lost_words, read_windows
 from s2ft_diffusion.dreambooth.publish import class_words
 from tests.conftest import ROOT, SHARED, generate
 
@@ -412,6 +413,9 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
     ("more", "match"),
     [
         (("--n_frequency", "40000"), "unet."),
+        (("--tokenizer_max_length", "100"), "more than the 32 tokens that the base's text_encoder reads"),
+        (("--instance_prompt", "a photo of " + 40 * "very " + "good sks dog"), "sks dog' at its end would not be read"),
+        (("--validation_prompt", 40 * "very " + "sks"), "--validation_prompt is too long"),
         (("--resolution", "61"), "multiple of 4"),
         (("--pretrained_model_name_or_path", "/no/such/folder"), "toybox"),
         (("--pretrained_model_name_or_path", "someone/no-such-model"), "--pretrained_model_name_or_path FOLDER"),
@@ -489,3 +493,16 @@ def test_real_photos(tmp_path, toybox_pipe) -> None:
     base = generate(pipe)
     pipe.load_s2ft_weights(path)
     assert not torch.equal(generate(pipe), base)
+
+
+def test_words_that_are_lost_are_said(photos, tmp_path, tiny_base, caplog) -> None:
+    settings = parse_arguments(
+        [*arguments(photos, tmp_path), "--instance_prompt", "a photo of sks dog",
+         "--validation_prompt", "sks dog " + 40 * "very " + "happy"]
+    )  # fmt: skip
+    windows = read_windows(settings.base)
+    assert [window for _, window in windows] == [32]
+    assert lost_words("a photo of sks dog", windows) == ""
+    assert lost_words("sks dog " + 40 * "very " + "happy", windows).endswith("happy")
+    check_prompts(settings)
+    assert "--validation_prompt is too long" in caplog.text

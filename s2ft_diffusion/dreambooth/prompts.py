@@ -2,9 +2,89 @@
 
 from __future__ import annotations
 
-import torch
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+import transformers
+
+from .. import toybox
 from ..families import Conditions, Family
+from .base import base_options, find_family
+from .errors import InputError
+from .settings import BaseSettings, Settings
+
+logger = logging.getLogger("train_dreambooth_s2ft")
+
+
+def check_prompts(settings: Settings) -> None:
+    """Raise InputError for a prompt whose subject the base's text encoders would not read; warn of other lost words.
+
+    Also for more tokens than a text encoder has places for. Only tokenizers and configs are read.
+    """
+    windows = read_windows(settings.base)
+    subject = set()
+    for flag, prompt in (
+        ("instance_prompt", settings.photos.prompt),
+        ("class_prompt", settings.classes.prompt if settings.classes else ""),
+        ("validation_prompt", settings.validation.prompt if settings.validation else ""),
+    ):
+        lost = lost_words(prompt, windows)
+        names = set(re.findall(r"\w+", prompt.lower()))
+        if flag == "instance_prompt":
+            subject = names - COMMON_WORDS
+        if not lost:
+            continue
+        said = f"--{flag} is too long for the base: {lost!r} at its end would not be read."
+        if subject & set(re.findall(r"\w+", lost.lower())):
+            raise InputError(f"{said} Shorten it, or put the subject first.")
+        logger.warning("%s", said)
+
+
+COMMON_WORDS = frozenset("a an and at by for from in of on the to with photo picture image".split())
+
+
+def read_windows(settings: BaseSettings) -> list[tuple[Any, int]]:
+    """A base's tokenizers, each with the tokens that are read of a prompt; raises InputError for more than fit."""
+    family, index = find_family(settings)
+    location = toybox.resolve(settings.name)
+    options = {key: value for key, value in base_options(settings).items() if key == "revision"}
+    windows = []
+    for encoder in family.text_encoders:
+        name = encoder.replace("text_encoder", "tokenizer")
+        if not _present(index, name) or not _present(index, encoder):
+            continue
+        try:
+            tokenizer = getattr(transformers, index[name][1]).from_pretrained(location, subfolder=name, **options)
+            kind = getattr(transformers, index[encoder][1]).config_class
+            config = kind.from_pretrained(location, subfolder=encoder, **options)
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"The {name} of the base {settings.name!r} cannot be read: {error}") from None
+        places = getattr(config, "max_position_embeddings", None) if "CLIP" in index[encoder][1] else None
+        if family.max_tokens is None and places and (settings.max_tokens or 0) > places:
+            raise InputError(
+                f"--tokenizer_max_length {settings.max_tokens} is more than the {places} tokens that the base's "
+                f"{encoder} reads."
+            )
+        own = places or family.max_tokens or tokenizer.model_max_length
+        windows.append((tokenizer, min(settings.max_tokens or own, own) if places else settings.max_tokens or own))
+    return windows
+
+
+def _present(index: Mapping[str, Any], name: str) -> bool:
+    return (index.get(name) or [None])[0] is not None
+
+
+def lost_words(prompt: str, windows: list[tuple[Any, int]]) -> str:
+    """The end of a prompt that no text encoder reads: what the widest window cuts off."""
+    ends = []
+    for tokenizer, window in windows:
+        tokens = tokenizer(prompt).input_ids
+        cut = tokens[window - 1 :] if len(tokens) > window else []  # the last place is that of the end's token
+        ends.append(tokenizer.decode(cut, skip_special_tokens=True).strip())
+    return min(ends, key=len, default="")
 
 
 class Prompts:

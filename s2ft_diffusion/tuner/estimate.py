@@ -26,6 +26,10 @@ DECAY_POWER = 0.8  # running means of squares forget by step^-0.8 (Shazeer and S
 FLOOR = 1e-8  # of a row's or a column's mean square, relative to the layer's: below it is rounding noise
 
 
+class NotFiniteError(ValueError):
+    """A loss, a gradient or an estimate that is not finite."""
+
+
 def has_gradient(layer: S2FTLayer) -> bool:
     """Whether autograd makes a gradient for a layer's weight: not if it is quantised, or stored in 8 bits."""
     weight = layer.get_base_layer().weight
@@ -255,7 +259,9 @@ class _TrainedWeight:
         """Raise ValueError for gradients that were not finite; some of a float16 weight's may have overflowed."""
         count = int(self.not_finite)
         if count and (self.weight.dtype != torch.float16 or count == self.steps):
-            raise ValueError(f"{name} has NaN or infinite gradients in {count} of {self.steps} steps of the estimate.")
+            raise NotFiniteError(
+                f"{name} has NaN or infinite gradients in {count} of {self.steps} steps of the estimate."
+            )
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -339,7 +345,7 @@ def _typical_size(weight: torch.Tensor) -> float:
 def _backward(loss: Loss, batch: Any) -> None:
     value = loss(batch)
     if not torch.isfinite(value):
-        raise ValueError(
+        raise NotFiniteError(
             f"The loss is {float(value)} while estimating the weight change; check the data and precision."
         )
     value.backward()

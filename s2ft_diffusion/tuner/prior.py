@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import S2FTConfig
-from .estimate import distributed, estimate_by_gradient, estimate_by_training, has_gradient
+from .estimate import NotFiniteError, distributed, estimate_by_gradient, estimate_by_training, has_gradient
 from .layer import S2FTLayer
 from .rearrange import EXACT_ROWS, Rearrangement, find_rearrangement
 from .seeding import seeded
@@ -135,7 +135,7 @@ def estimate_prior(
     unreached = []
     for name, matrix in prior.items():
         if not torch.isfinite(matrix).all():
-            raise ValueError(f"The estimated weight change of {name} has NaN or infinite entries.")
+            raise NotFiniteError(f"The estimated weight change of {name} has NaN or infinite entries.")
         if not matrix.any():
             unreached.append(name)
     if unreached and is_main_process():
