@@ -8,19 +8,19 @@ The first times a gradient of the estimate and a training step beside it, and fr
 the sampling, for presets and choices of layers. The last column is the whole set-up as a share of a default
 training run, with five photos. `--growth` goes over sizes of one layer and numbers in it instead, `--orders` over the
 layers of FLUX.2-klein: seconds (of the clock, and of all cores together) for rows and columns of a layer and of all of
-its shape, with the most memory the process has had. Its rows of 1,280 are the length of the path, relative to
+its shape, with the memory that it takes beside the prior. Its rows of 1,280 are the length of the path, relative to
 that of the search that knows all distances.
 """
 
 from __future__ import annotations
 
-import resource
 import time
 
 import torch
 import torch.nn.functional as F
 from peft import inject_adapter_in_model
 
+from eval.training import peak_memory
 from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.batches import Layout, estimate_draws
@@ -154,20 +154,21 @@ def like_a_prior(d: int, k: int, kind: str, device: str = "cpu") -> torch.Tensor
 
 
 def klein_orders(device: str) -> list[dict]:
-    rows, total = [], 0.0
+    rows, total, total_busy = [], 0.0, 0.0
     for (d, k), layers in KLEIN_LAYERS.items():
         prior = like_a_prior(d, k, "many directions", device)
-        begun, busy = time.perf_counter(), time.process_time()
-        find_rearrangement(prior, distance="cosine", signs=True, refine="2opt", generator=torch.Generator())
-        seconds, busy = time.perf_counter() - begun, time.process_time() - busy
-        total += seconds * layers
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        with peak_memory(device) as peak:
+            begun, busy = time.perf_counter(), time.process_time()
+            find_rearrangement(prior, distance="cosine", signs=True, refine="2opt", generator=torch.Generator())
+            seconds, busy = time.perf_counter() - begun, time.process_time() - busy
+        total, total_busy = total + seconds * layers, total_busy + busy * layers
         rows.append(
-            {"d": d, "k": k, "layers": layers, "one, s": seconds, "of cores, s": busy, "all, s": seconds * layers}
-            | {"peak MB": peak, "of these the prior": prior.numel() * 4 // 2**20}
+            {"d": d, "k": k, "layers": layers, "one, s": seconds, "of cores, s": busy}
+            | {"all, s": seconds * layers, "all, of cores, s": busy * layers, "memory, MB": peak.bytes // 2**20}
         )
         print(rows[-1], flush=True)
-    return [*rows, {**dict.fromkeys(rows[0]), "layers": sum(KLEIN_LAYERS.values()), "all, s": total}]
+    total = {"layers": sum(KLEIN_LAYERS.values()), "all, s": total, "all, of cores, s": total_busy}
+    return [*rows, {**dict.fromkeys(rows[0]), **total}]
 
 
 def path_ratio(kind: str) -> float:
