@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from s2ft_diffusion import S2FTConfig, attention_targets, initialize_s2ft_weights
+from s2ft_diffusion import S2FTConfig, S2FTLayer, attention_targets, initialize_s2ft_weights
 from s2ft_diffusion.dreambooth.errors import InputError
 
 RESULTS_NAME = "results.json"
@@ -43,7 +43,10 @@ class MethodArguments:
     )
     estimate_batches: int = field(default=32, metadata={"help": "training batches that the prior is estimated from"})
     head_learning_rate: float | None = field(default=None, metadata={"help": "of the new head, where there is one"})
-    export_lora: int | None = field(default=None, metadata={"help": "also write a LoRA of this rank to lora/"})
+    export_lora: int | None = field(
+        default=None,
+        metadata={"help": "also write a LoRA of this rank to lora/; 0: of an S2FT grid's own rank, exactly"},
+    )
 
 
 class _Parser(HfArgumentParser):
@@ -110,7 +113,11 @@ def adapt(model: PreTrainedModel, args: MethodArguments, *, seed: int, heads: Se
             if args.scaling is not None:
                 options["scaling"] = args.scaling
             config = S2FTConfig.from_preset(args.preset, n_frequency=n_frequency, seed=seed, **common, **options)
+        if args.export_lora == 0 and getattr(config, "positions", None) != "grid":
+            raise InputError("--export_lora 0 is for S2FT with positions on a grid; give a rank.")
         return get_peft_model(model, config)
+    except InputError:
+        raise
     except (TypeError, ValueError) as error:
         raise InputError(f"--method {args.method}: {error}") from None
 
@@ -121,6 +128,8 @@ class HeadTrainer(Trainer):
     def __init__(self, *args: Any, heads: Sequence[str] = (), head_learning_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.heads, self.head_learning_rate = set(heads), head_learning_rate
+        # Classifiers accept any argument, yet average over their own batch whatever number of items they are told.
+        self.model_accepts_loss_kwargs = False
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The usual optimizer, the head's parameters in groups of their own."""
@@ -185,8 +194,11 @@ def train(trainer: Trainer, args: MethodArguments) -> dict[str, Any]:
     facts["seconds"]["train"] = output.metrics["train_runtime"]
     facts["peak_memory_gb"] = peak_memory() / 1e9
     trainer.save_model()
-    if args.export_lora and args.method != "full" and trainer.is_world_process_zero():
-        save_as_lora(folder / "lora", trainer.model, rank=args.export_lora)
+    if args.export_lora is not None and args.method != "full" and trainer.is_world_process_zero():
+        grids = [module for module in trainer.model.modules() if isinstance(module, S2FTLayer)]
+        rank = args.export_lora or max(len(module.lora_factors("default")[1]) for module in grids)
+        save_as_lora(folder / "lora", trainer.model, rank=rank)
+        facts["lora_rank"] = rank
     return facts
 
 

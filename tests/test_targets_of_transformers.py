@@ -57,10 +57,10 @@ def test_query_and_value_are_found(name: str) -> None:
     assert len(found) == len(set(found)) == 2 * len(expected)  # in two layers
     assert {path.rpartition(".")[2] for path in found} == set(expected)
     assert len(attention_targets(model, "attention")) == 2 * attention
-    assert len(attention_targets(model, "blocks")) == 2 * (blocks if name != "gpt2" else attention)
+    assert len(attention_targets(model, "blocks")) == 2 * blocks
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
+@pytest.mark.parametrize("name", MODELS)
 def test_they_can_be_adapted(name: str) -> None:
     torch.manual_seed(0)
     model = MODELS[name][0]().eval()

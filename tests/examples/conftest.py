@@ -23,6 +23,7 @@ from transformers import (
 )
 
 GOOD, BAD, OTHER = ("fine great lovely", "poor awful dull", "the a film story cast plot scene of and is was")
+GRID = 56  # numbers of a grid for 60 in a layer of 16 by 16
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <end> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from s2ft_diffusion.dreambooth.process import exit_codes
-from tests.examples.conftest import quick
+from tests.examples.conftest import GRID, quick
 
 
 def flags(vit: str, pictures: Path, output: Path, *more: str) -> list[str]:
@@ -23,7 +23,7 @@ def flags(vit: str, pictures: Path, output: Path, *more: str) -> list[str]:
 def test_trains_resumes_and_loads(vit, pictures, tmp_path) -> None:
     more = ("--learning_rate", "3e-2", "--save_total_limit", "5")
     facts = image_classification.main(flags(vit, pictures, tmp_path, *more))
-    assert facts["trainable"] == 4 * 60 + 3 * 16 + 3
+    assert facts["trainable"] == 4 * GRID + 3 * 16 + 3
     assert facts["steps"] == 2 * 3
     assert "test_accuracy" in facts["metrics"]
     half = tmp_path / "half"

@@ -9,13 +9,13 @@ import pytest
 import text_classification
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
-from peft import AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.process import exit_codes
-from tests.examples.conftest import quick
+from tests.examples.conftest import GRID, quick
 
 
 def flags(bert: str, reviews: Path, output: Path, *more: str) -> list[str]:
@@ -25,20 +25,26 @@ def flags(bert: str, reviews: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("method", ["s2ft", "lora", "fourierft"])
 def test_trains_saves_and_loads(bert, reviews, tmp_path, method) -> None:
-    facts = text_classification.main(flags(bert, reviews, tmp_path, "--method", method, "--head_learning_rate", "1e-2"))
+    more = ("--method", method, "--head_learning_rate", "1e-2", "--learning_rate", "1e-1", "--eval_strategy", "no")
+    export = ("--export_lora", "0" if method == "s2ft" else "16") if method != "lora" else ()
+    facts = text_classification.main(flags(bert, reviews, tmp_path, *more, *export, "--save_strategy", "no"))
     assert 0 <= facts["metrics"]["test_accuracy"] <= 1
-    numbers = {"s2ft": 4 * 60, "lora": 4 * 2 * 2 * 16, "fourierft": 4 * 60}[method]
-    assert facts["trainable"] - facts["trainable_head"] == numbers
+    adapted = facts["trainable"] - facts["trainable_head"]
+    assert adapted == {"s2ft": 4 * GRID, "lora": 4 * 2 * 2 * 16, "fourierft": 4 * 60}[method]
     assert facts["trainable_head"] == 2 * 16 + 2
     written = json.loads((tmp_path / "results.json").read_text())
     assert written == json.loads(json.dumps(facts))
     assert ("prior" in facts["seconds"]) == (method == "s2ft")
-    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2).eval()
     tokens = AutoTokenizer.from_pretrained(tmp_path)(["great film", "a dull plot"], return_tensors="pt", padding=True)
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2).eval()
     logits = loaded(**tokens).logits
     base = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=2).eval()
     base.classifier.load_state_dict(loaded.base_model.model.classifier.modules_to_save["default"].state_dict())
-    assert not torch.allclose(logits, base(**tokens).logits, atol=1e-6)  # the adapter counts, not the head alone
+    assert not torch.allclose(logits, base(**tokens).logits, atol=1e-4)  # the adapter counts, not the head alone
+    if export:
+        lora = PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+        assert lora.peft_config["default"].peft_type == "LORA"
+        torch.testing.assert_close(lora(**tokens).logits, logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_reported_measure_is_the_saved_adapters(bert, reviews, tmp_path) -> None:
@@ -157,6 +163,8 @@ def test_bad_input_is_one_line(bert, reviews, tmp_path, capsys) -> None:
     assert "no checkpoint" in refused(flags(bert, reviews, tmp_path, "--resume_from_checkpoint", "latest"), capsys)
     too_many = refused(flags(bert, reviews, tmp_path, "--n_frequency", "5000"), capsys)
     assert "5000" in too_many
+    paper = ("--preset", "paper", "--export_lora", "0")
+    assert "--export_lora 0" in refused(flags(bert, reviews, tmp_path, *paper), capsys)
     assert "gama" in refused(flags(bert, reviews, tmp_path, "--s2ft_options", '{"gama": 1.0}'), capsys)
 
 
