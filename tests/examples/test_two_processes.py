@@ -18,6 +18,7 @@ from tests.conftest import ROOT
 from tests.examples.conftest import quick
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(bert, reviews, tmp_path) -> None:
     def argv(output: Path, batch: int) -> list[str]:
         files = ["--train_file", str(reviews / "train.csv"), "--test_file", str(reviews / "test.csv")]
