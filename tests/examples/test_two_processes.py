@@ -52,5 +52,5 @@ def test_two_processes_train_what_one_does(bert, reviews, tmp_path) -> None:
     for rank in range(2):  # sharded by FSDP 2 without accelerate, which has it on accelerators alone
         losses = json.loads((tmp_path / f"losses{rank}.json").read_text())
         assert losses["sharded"] == pytest.approx(losses["whole"], rel=1e-4)
-        assert losses["whole"][0] != pytest.approx(losses["whole"][2], rel=1e-4)
+        assert losses["whole"][0] != losses["whole"][2]
         assert losses["numbers of this rank"] < 0.6 * losses["numbers"]

@@ -30,7 +30,7 @@ save_file({name: value.contiguous() for name, value in state.items()}, folder / 
 
 torch.manual_seed(0)
 base = AutoModelForSequenceClassification.from_pretrained(bert)
-config = S2FTConfig(target_modules=attention_targets(base), n_frequency=60, init_weights=False, scaling=10.0)
+config = S2FTConfig(target_modules=attention_targets(base), n_frequency=60, init_weights=False)
 whole = get_peft_model(base, config).eval()
 sharded = copy.deepcopy(whole)
 for layer in sharded.base_model.model.bert.encoder.layer:
@@ -39,7 +39,7 @@ fully_shard(sharded, mesh=mesh)
 inputs = {"input_ids": torch.arange(4, 24).view(2, 10), "labels": torch.tensor([0, 1])}
 losses = {"whole": [], "sharded": []}
 for name, model in (("whole", whole), ("sharded", sharded)):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1000.0)
     for _ in range(3):
         loss = model(**inputs).loss
         loss.backward()
