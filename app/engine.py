@@ -170,7 +170,7 @@ class Engine:
         first = self.threads.submit(self._load, pipelines).result()
         self.family = FAMILIES[type(first).__name__]
         self.scheduler_class, self.scheduler_config = type(first.scheduler), dict(first.scheduler.config)
-        self._tokenizer, self._counting = copy.deepcopy(first.tokenizer), threading.Lock()
+        self._tokenizer, self._counting = copy.deepcopy(getattr(first, "tokenizer", None)), threading.Lock()
         self.components: Mapping[str, torch.nn.Module] = adaptable_components(first)
 
     def _load(self, pipelines: int) -> DiffusionPipeline:
@@ -182,6 +182,8 @@ class Engine:
 
     def tokens(self, prompt: str) -> tuple[int, int, str]:
         """How many tokens a prompt has, how many the text encoder reads, and the words after those."""
+        if self._tokenizer is None:
+            return 0, 0, ""
         with self._counting:  # a tokenizer keeps how it pads
             tokens = self._tokenizer(prompt, truncation=False, verbose=False).input_ids
             limit = self._tokenizer.model_max_length

@@ -1,4 +1,4 @@
-"""The README's screenshots, from the app on the embedded base in a headless Chromium.
+"""The screenshots, light, dark and on a phone, from the app on the embedded base in a headless Chromium.
 
 python -m app.screenshots --chromium /usr/bin/chromium
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from .arguments import ROOT, parse_arguments
 from .server import DEMO_ADAPTERS, close, launch
+
+PATIENCE = 600_000  # milliseconds
 
 
 def main() -> None:
@@ -25,32 +28,45 @@ def main() -> None:
         blocks, app, address = launch(parse_arguments(flags), block=False)
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page(viewport={"width": 1180, "height": 860})
-            page.goto(address)
-            page.get_by_role("button", name="Generate", exact=True).wait_for()
-            generate(page)
-            page.screenshot(path=args.folder / "app-generate.png")
-            page.get_by_role("tab", name="Library").click()
-            page.locator("#library button:has(img)").first.click()
-            page.get_by_text("trainable numbers").wait_for()
-            page.wait_for_timeout(500)
-            page.screenshot(path=args.folder / "app-library.png")
+            light = opened(browser, address, viewport={"width": 1180, "height": 900})
+            generate(light, images=4)
+            light.screenshot(path=args.folder / "app-generate.png")
+            dark = opened(browser, f"{address}?__theme=dark", viewport={"width": 1180, "height": 700})
+            dark.get_by_role("tab", name="Library").click()
+            dark.locator("#library .tile").first.click()
+            dark.get_by_text("trainable numbers").wait_for()
+            dark.wait_for_timeout(500)
+            dark.screenshot(path=args.folder / "app-library.png")
+            phone = opened(browser, address, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+            generate(phone, images=1)
+            phone.screenshot(path=args.folder / "app-phone.png")
             browser.close()
         close(blocks, app)
 
 
-def generate(page: Page) -> None:
-    """Four images of the first adapter's subject in the snow."""
+def opened(browser: Browser, address: str, **options: Any) -> Page:
+    """The page in a context of its own, when it is ready."""
+    page = browser.new_context(**options).new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(address)
+    page.wait_for_function("window.s2ft?.ready")
+    return page
+
+
+def generate(page: Page, images: int) -> None:
+    """Images of the first adapter's subject in the snow."""
     prompt = page.locator("#prompt textarea")
-    page.wait_for_function("document.querySelector('#prompt textarea').value !== ''")
     prompt.fill(f"{prompt.input_value()} in the snow")
-    page.get_by_role("button", name="More").click()
-    images = page.get_by_label("number input for Images")
-    images.fill("4")
-    images.press("Tab")
-    page.get_by_role("button", name="Generate", exact=True).click()
-    page.wait_for_function("document.querySelectorAll('#results img').length === 4", timeout=120_000)
-    page.wait_for_function("document.querySelector('#status textarea, #status input').value === 'done'")
+    page.locator("#random input").uncheck()
+    if images > 1:
+        page.get_by_role("button", name="More").click()
+        field = page.get_by_label("number input for Images")
+        field.fill(str(images))
+        field.press("Tab")
+        page.get_by_role("button", name="More").click()
+    page.locator("#generate").click()
+    page.wait_for_function("document.querySelector('#status .line').textContent === 'done'")
+    page.wait_for_function(f"document.querySelectorAll('#results img').length === {images}")
     page.wait_for_timeout(1500)
 
 

@@ -255,6 +255,8 @@ class GenerateTab:
             count = self.count_tokens(prompt)
         except RequestError as error:
             return f"!{error}"
+        if not count["limit"]:
+            return ""
         said = f"{count['tokens']} of {count['limit']} tokens"
         return f"!{said}: “{count['unread']}” is not read" if count["unread"] else said
 
