@@ -154,7 +154,7 @@ print(sorted(comfyui.NODE_CLASS_MAPPINGS))
 
 
 def test_the_node_imports_without_diffusers_and_peft() -> None:
-    done = subprocess.run([sys.executable, "-c", NODE_WITHOUT], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", NODE_WITHOUT], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "['LoadS2FT', 'S2FTInfo']\n", done.stderr[-3000:]
 
 
@@ -183,7 +183,7 @@ def test_in_comfyui_itself(tmp_path, denoisers, family) -> None:
     driver = Path(__file__).parent / "comfyui_driver.py"
     python = os.environ.get("S2FT_COMFYUI_PYTHON", sys.executable)
     command = [python, str(driver), str(Path(CHECKOUT).resolve()), family, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     if (
         family in ("flux2", "zimage")
         and f"has no attribute '{'Flux2' if family == 'flux2' else 'ZImage'}'" in done.stderr

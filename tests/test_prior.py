@@ -415,6 +415,7 @@ def test_one_matrix_is_asked_for_at_a_time(two_layers) -> None:
     assert len(alive) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, two_layers) -> None:
     """Averaged gradients of two processes, that need not arrive in one order nor at all, are those of both batches."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
