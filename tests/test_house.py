@@ -1,0 +1,72 @@
+"""Which part needs which libraries, and which part may import which: data flows one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s2ft_diffusion
+
+PACKAGE = Path(s2ft_diffusion.__file__).parent
+# Each folder may import those before it.
+FLOW = ["tuner", "adapters", "pipelines", "toybox", "families", "dreambooth"]
+
+ALONE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"diffusers", "gradio", "open_clip", "lpips", "matplotlib", "tensorboard"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "diffusers" else found(name, package)
+
+import torch
+from peft import get_peft_model
+from s2ft_diffusion.tuner.config import S2FTConfig
+from s2ft_diffusion.tuner.prior import initialize_s2ft_weights
+from s2ft_diffusion import S2FTConfig as same
+
+assert same is S2FTConfig
+model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), S2FTConfig(target_modules=["0"], n_frequency=9))
+initialize_s2ft_weights(model, lambda x: model(x).square().mean(), [torch.randn(4, 8)])
+assert not any(name.partition(".")[0] == "diffusers" for name in sys.modules)
+print("ok")
+"""
+
+
+def test_the_tuner_needs_torch_and_peft_alone() -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stderr[-2000:]
+
+
+def imports(path: Path) -> set[str]:
+    """The folders of the package that a file imports from when it is imported itself, by relative imports."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            names = [node.module.partition(".")[0]] if node.module else [alias.name for alias in node.names]
+            found.update(names)
+    return found
+
+
+@pytest.mark.parametrize("folder", FLOW)
+def test_nothing_imports_what_comes_after_it(folder) -> None:
+    for path in (PACKAGE / folder).rglob("*.py"):
+        if path.parent == PACKAGE / folder:
+            later = imports(path) & set(FLOW[FLOW.index(folder) + 1 :])
+            assert not later, f"{path.relative_to(PACKAGE)} imports {sorted(later)}"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in s2ft_diffusion.__all__:
+        assert getattr(s2ft_diffusion, name) is not None
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        s2ft_diffusion.nothing_like_it  # noqa: B018
