@@ -2,14 +2,15 @@
 
     python -m benchmarks.size --json docs/results/size.json
 
-The least is the coefficients as they are and the entropy of a uniformly random set of positions, of random orders and
-of random signs. FourierFT's file is PEFT's own: its positions follow from a seed.
+The least is the coefficients as they are and the entropy of uniformly random sets of functions, of random orders and of
+random signs. FourierFT's file is PEFT's own: its positions follow from a seed.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,8 +18,7 @@ from peft import FourierFTConfig, LoraConfig, get_peft_model_state_dict, inject_
 from safetensors.torch import save_file
 
 from s2ft_diffusion import S2FTConfig, write_adapter
-from s2ft_diffusion.adapters.file import DTYPES, collect_adapter
-from s2ft_diffusion.tuner.spectrum import distinct_positions
+from s2ft_diffusion.adapters.file import DTYPES, GridWeights, collect_adapter
 
 from .measure import parser, report
 from .shapes import SHAPES, build, sharing_weights
@@ -28,13 +28,13 @@ def log2_factorial(n: int) -> float:
     return math.lgamma(n + 1) / math.log(2)
 
 
-def least_bytes(shapes: list[tuple[int, int]], n: int, bits: int) -> float:
+def least_bytes(layers: Iterable[GridWeights], bits: int) -> float:
     """Bytes of coefficients of so many bits, and the entropy of what lies beside them."""
     total = 0.0
-    for d, k in shapes:
-        places, positions = distinct_positions((d, k), "complex"), n // 2
-        total += bits * n + log2_factorial(places) - log2_factorial(positions) - log2_factorial(places - positions)
-        total += log2_factorial(d) + log2_factorial(k) + d + k
+    for layer in layers:
+        total += bits * layer.coefficients.numel()
+        for n, functions in zip(layer.shape, (layer.row_functions, layer.column_functions), strict=True):
+            total += 2 * log2_factorial(n) - log2_factorial(len(functions)) - log2_factorial(n - len(functions)) + n
     return total / 8
 
 
@@ -54,12 +54,13 @@ def main() -> None:
             adapter = collect_adapter({"unet": model}, "default")
             layers = adapter.layers["unet"].values()
             for layer in layers:
-                for order, length in zip((layer.row_order, layer.column_order), layer.shape, strict=True):
-                    order.copy_(torch.randperm(length))
+                for side, length in zip(("row", "column"), layer.shape, strict=True):
+                    getattr(layer, f"{side}_order").copy_(torch.randperm(length))
+                    getattr(layer, f"{side}_sign").copy_(torch.randint(0, 2, (length,)) * 2 - 1)
             for dtype in DTYPES:
                 size, error = write_adapter(path, adapter, dtype)
                 bits = torch.int8.itemsize * 8 if dtype == "int8" else getattr(torch, dtype).itemsize * 8
-                least = least_bytes([layer.shape for layer in layers], n, bits)
+                least = least_bytes(layers, bits)
                 rows.append(
                     {"file": f"S2FT, n={n}, {dtype}", "numbers": adapter.trainable, "bytes": size,
                      "/ least": round(size / least, 3), "relative error": error}

@@ -20,7 +20,7 @@ import sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"diffusers", "gradio", "open_clip", "lpips", "matplotlib", "tensorboard"}:
+        if name.partition(".")[0] in {"diffusers", "gradio", "open_clip", "lpips"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())

@@ -11,7 +11,7 @@ from .loss import LatentSource
 from .settings import DEFAULT_STEPS, EstimateSettings, LengthSettings
 
 # Of "full", a step each: 8 % of the images that training sees, about as much of the time at one image a batch
-# (docs/performance.md), but no fewer and no more of each image than these.
+# (docs/prior.md), but no fewer and no more of each image than these.
 ESTIMATE_SHARE = 0.08
 FULL_DRAWS = (4, 24)
 

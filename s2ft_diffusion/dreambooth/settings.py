@@ -17,8 +17,8 @@ from ..tuner.prior import Estimate
 
 DEFAULT_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_STEPS = 500
-LEARNING_RATE = 1e-3  # what measured best on the embedded base, for both presets: docs/learning-rate.md
-ESTIMATES: dict[str, Estimate] = {"default": "full", "paper": "gradient"}  # docs/evaluation.md
+LEARNING_RATE = 1e-3  # what measured best on the embedded base, docs/evaluation.md
+ESTIMATES: dict[str, Estimate] = {"default": "full", "paper": "gradient"}  # docs/prior.md
 ESTIMATE_DRAWS = 8  # for "gradient" and "normalized"
 PRESET_TARGETS: dict[str, Targets] = {"default": "all", "paper": "qv"}
 # Real trainable numbers a layer: about half a million in all on Stable Diffusion 1.5, whichever layers they are.

@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "n_frequency": 8000,
         "positions": "free",
-        "scaling": 100.0,  # the paper does not say; docs/learning-rate.md
+        "scaling": 100.0,  # the paper does not say; measured
         "coefficients": "real",
         "norm": "backward",
         "sampling": "power",
