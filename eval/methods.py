@@ -76,12 +76,12 @@ DRAWN = Method("drawn", "the subject, drawn", "drawn")
 BASE = Method("base", "base, nothing trained", "base")
 REFERENCES = (DRAWN, BASE)
 METHODS = (
-    Method("full", "DreamBooth, full", "full", 3e-5),
-    Method("lora", "LoRA", "lora", 1e-3),
+    Method("full", "DreamBooth, full", "full", 1e-5),
+    Method("lora", "LoRA", "lora", 1e-4),
     Method("fourierft", "FourierFT", "fourierft", 1e-2),
     Method("waveft", "WaveFT", "waveft", 1e-3),
     s2ft("s2ft-paper", "S²FT, paper", 1e-2, "paper"),
-    s2ft("s2ft-default", "S²FT, default", 3e-3),
+    s2ft("s2ft-default", "S²FT, default", 1e-3),
 )
 
 

@@ -100,10 +100,10 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, tri
     add(
         "--n_frequency",
         type=amount,
-        default=0.02,
+        default=0.0016,
         help="S²FT's numbers a layer, or a share; other sizes follow",
     )
-    add("--targets", choices=TARGETS, default="qv")
+    add("--targets", choices=TARGETS, default="all")
     add("--steps", type=int, default=300, help="training steps")
     add("--batch", type=int, default=4, help="images a training step")
     add("--resolution", type=int, help="by default the base's own")
