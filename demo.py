@@ -29,13 +29,12 @@ from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, Subject, write_photos
 ROOT = Path(__file__).resolve().parent
 TILE = 128
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 4.0}
-# Five times the numbers of the default: a drawing's emblem and face are small, and the files stay small too.
-TRAINING = ["--n_frequency", "0.01", "--max_train_steps", "400", "--train_batch_size", "4"]
+TRAINING = ["--max_train_steps", "300", "--train_batch_size", "4", "--adapter_dtype", "float16"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subject", choices=sorted(ALL_SUBJECTS), default="mittens")
+    parser.add_argument("--subject", choices=sorted(ALL_SUBJECTS), default="widget")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "demo")
     parser.add_argument("--seed", type=int, default=0, help="of the images; the next ones are the next columns'")
     parser.add_argument("trainer", nargs=argparse.REMAINDER, help="further flags for the trainer, after --")

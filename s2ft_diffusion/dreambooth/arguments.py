@@ -22,7 +22,7 @@ from .errors import InputError
 from .folders import check_apart
 from .settings import (
     DEFAULT_BASE,
-    LEARNING_RATE,
+    LEARNING_RATES,
     AdapterSettings,
     BaseSettings,
     CheckpointSettings,
@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_train_epochs", type=int, help="passes over the instance images, instead of --max_train_steps")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="save memory, at the cost of time")
-    add("--learning_rate", type=float, default=LEARNING_RATE, help="the highest learning rate")
+    add("--learning_rate", type=float, help="the highest learning rate; by default 2e-4, for the preset paper 1e-3")
     add("--scale_lr", action="store_true", help="scale the rate by processes, accumulation and batch size")
     add("--lr_scheduler", choices=SCHEDULERS, default="constant", help="how the learning rate goes on")
     add("--lr_warmup_steps", type=int, default=0, help="steps of warm-up of the scheduler")
@@ -181,6 +181,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     args.subject = args.subject or folder_words(args.instance_dir)
     if not args.prompt_was_given:
         args.instance_prompt = f"a photo of sks {args.subject}"
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.preset]
     estimate = EstimateSettings.of(args.preset, args.estimate, args.estimate_draws)
     args.estimate, args.estimate_draws = estimate.kind, estimate.draws
     args.processes = int(os.environ.get("WORLD_SIZE", "1"))
