@@ -31,8 +31,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         # One step a draw of each of the toybox's six photos.
         **{f"{6 * n} steps": {"estimate_draws": n} for n in (2, 4, 8, 24)},
     },
-    "coefficients": {"real": {"coefficients": "real"}},
-    "norm": {"backward": {"norm": "backward", "scaling": 100.0}},
+    "positions": {
+        "free": {"positions": "free"},
+        **{f"oversampling {m}": {"oversampling": m} for m in (4, 8)},
+    },
+    "coefficients": {"real": {"positions": "free", "coefficients": "real"}},
+    "norm": {"backward": {"positions": "free", "norm": "backward", "scaling": 100.0}},
     "rearrangement": {
         "none": {"rearrange": "none"},
         "Euclidean": {"distance": "euclidean"},

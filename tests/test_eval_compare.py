@@ -375,7 +375,6 @@ def test_ablation_reports(tmp_path) -> None:
 def test_a_method_is_another_one_under_another_rule_for_its_estimate(monkeypatch) -> None:
     before = {method.name: method.definition() for method in METHODS}
     monkeypatch.setattr(methods, "ESTIMATE_SHARE", 0.5)
-    monkeypatch.setattr(methods, "_options", methods._options.__wrapped__)
     changed = [method.name for method in METHODS if method.definition() != before[method.name]]
     assert changed == ["s2ft-default"]
 

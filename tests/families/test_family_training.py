@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train_dreambooth_s2ft as recipe
-from s2ft_diffusion import AdapterFileError, read_adapter
+from s2ft_diffusion import AdapterFileError, S2FTLayer, read_adapter
 from s2ft_diffusion.families import FAMILIES
 from tests.conftest import ROOT
 from tests.families.pipelines import COMPONENTS, SIDE
@@ -45,6 +45,16 @@ def picture(pipe: diffusers.DiffusionPipeline, side: int) -> torch.Tensor:
     return torch.as_tensor(pipe(prompt="a photo of sks dog", generator=generator, output_type="pt", **options).images)
 
 
+def set_scale(pipe: diffusers.DiffusionPipeline, scale: float) -> None:
+    """By diffusers' own verb, or, on a pipeline that has none because it takes no LoRA (PixArt), layer by layer."""
+    if hasattr(type(pipe), "set_adapters"):
+        pipe.set_adapters("default", scale)
+        return
+    for module in getattr(pipe, FAMILIES[type(pipe).__name__].denoiser).modules():
+        if isinstance(module, S2FTLayer):
+            module.set_scale("default", scale)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_photos_to_a_file_to_an_image(saved, photos, tmp_path, name) -> None:
     base = saved(name)
@@ -62,9 +72,9 @@ def test_photos_to_a_file_to_an_image(saved, photos, tmp_path, name) -> None:
     pipe.load_s2ft_weights(path, adapter_name="default")
     adapted = picture(pipe, side)
     assert not torch.equal(adapted, before)
-    pipe.set_adapters("default", 0.0)
-    assert torch.equal(picture(pipe, side), before)
-    pipe.set_adapters("default", 1.0)
+    set_scale(pipe, 0.0)
+    torch.testing.assert_close(picture(pipe, side), before, rtol=0, atol=1e-5)  # a convolution may take another path
+    set_scale(pipe, 1.0)
     assert torch.equal(picture(pipe, side), adapted)
     pipe.fuse_s2ft()
     torch.testing.assert_close(picture(pipe, side), adapted, rtol=0, atol=2e-2)

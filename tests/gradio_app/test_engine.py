@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 
 from app.engine import SCHEDULERS, Cancelled, Engine, Listener, Settings, _encode
@@ -115,6 +117,7 @@ def test_too_little_memory_is_said_and_survived(engine, library, monkeypatch) ->
     wish = settings()
     before = engine.generate(wish, library)[0]
 
+    @functools.wraps(StableDiffusionPipeline.__call__)  # whose arguments a family reads
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory at /secret/path")
 
