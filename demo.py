@@ -97,7 +97,7 @@ def draw_grid(
     rows = [
         ([f"the photos of {subject.name}"], subject.photos()),
         ([f"base: {scenes[0]}", *scenes[1:]], base),
-        ([f"S²FT: {scenes[0]}", *scenes[1:]], adapted),
+        ([f"adapter: {scenes[0]}", *scenes[1:]], adapted),
     ]
     line, columns = 18, len(prompts)
     sheet = Image.new("RGB", (columns * TILE, len(rows) * (TILE + line)), "white")
