@@ -274,10 +274,7 @@ def _known_names(base: Shapes | None) -> dict[str, tuple[str, str]]:
         for name in shapes:
             for sdxl in (False, True):
                 try:
-                    known[tool_names.key("kohya", component, name, sdxl=sdxl)] = (
-                        component,
-                        canonical_name(component, name),
-                    )
+                    key = tool_names.key("kohya", component, name, sdxl=sdxl)
                 except (ValueError, KeyError):
                     continue
                 known[key] = (component, canonical_name(component, name))
