@@ -148,7 +148,7 @@ def main() -> dict:
     logging.getLogger().addHandler(warnings)
     adapter = read_stored(folder / "s2ft.safetensors")
     clip = text_encoder() if "text_encoder" in adapter.layers else None
-    denoiser = next(iter(adapter.layers))
+    denoiser = "unet" if "unet" in adapter.layers else "transformer"
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     before = {n: w.clone() for n, w in model.model.state_dict().items()}
     wanted = expected(adapter, names, before, (denoiser,), 0.7)

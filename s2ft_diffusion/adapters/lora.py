@@ -133,7 +133,8 @@ def low_rank(layer: LayerWeights, scaling: float, *, rank: int | None = None, er
 def truncate(delta: torch.Tensor, *, rank: int | None = None, error: float | None = None) -> LoraLayer:
     """The nearest change to `delta` (d, k) of a rank, or of the smallest rank within a relative error (Eckart-Young).
 
-    By the eigenvectors of the smaller Gram matrix in float64: singular values are good to about 1e-8 of the largest.
+    By the eigenvectors of the smaller Gram matrix in float64. Singular values below 1e-6 of the largest, which are a
+    float32 matrix's rounding, are left out.
     """
     wide = delta.double()
     transposed = wide.shape[0] < wide.shape[1]
@@ -146,7 +147,7 @@ def truncate(delta: torch.Tensor, *, rank: int | None = None, error: float | Non
         rest = power.flip(0).cumsum(0).flip(0)  # of the values from here on
         enough = (rest <= error**2 * rest[0]).nonzero()
         count = min(count, int(enough[0]) if len(enough) else len(power))
-    count = max(1, min(count, int((power > power[0] * 1e-16).sum())))
+    count = max(1, min(count, int((power > power[0] * 1e-12).sum())))
     right = vectors[:, :count]
     left = wide @ right
     up, down = (right, left.T) if transposed else (left, right.T)

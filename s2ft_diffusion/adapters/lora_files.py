@@ -9,15 +9,18 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from . import tool_names
 from .lora import Lora, LoraLayer
+from .names import CLIP_WRAPPER, canonical_name
 from .reading import COMPONENTS, AdapterFileError, AdapterInfo
 from .tool_names import Tool
 
@@ -106,11 +109,21 @@ def _write_peft(folder: Path, lora: Lora) -> int:
     for component, layers in lora.layers.items():
         place = folder / component if len(lora.layers) > 1 else folder
         place.mkdir(parents=True, exist_ok=True)
+        layers = {_installed_name(component, name): layer for name, layer in layers.items()}
         one = Lora({component: layers})
         written += write_tensors(place / PEFT_WEIGHTS_NAME, state_dict(one, "peft"), {"format": "pt"})
         text = json.dumps(peft_config(layers, lora.info.base_model), indent=2, sort_keys=True)
         (place / PEFT_CONFIG_NAME).write_text(text, encoding="utf-8")
     return written
+
+
+def _installed_name(component: str, name: str) -> str:
+    """A layer's name in the installed transformers' model, which PEFT looks for.
+
+    `CLIPTextModel` has no inner `text_model` from 5.6 on; `CLIPTextModelWithProjection`, the second encoder, still has.
+    """
+    unwrapped = component == "text_encoder" and Version(version("transformers")) >= Version("5.6")
+    return name.removeprefix(CLIP_WRAPPER) if unwrapped else name
 
 
 def peft_config(layers: Mapping[str, LoraLayer], base_model: str | None) -> dict[str, Any]:
@@ -174,7 +187,7 @@ def describe_adapter(
     `shapes` are the layers' (d, k) by component, `ranks` the smallest and largest of a LoRA.
     """
     training = info.training
-    version = base_version(info, shapes)
+    base = base_version(info, shapes)
     rank = ranks and (str(ranks[1]) if ranks[0] == ranks[1] else "Dynamic")
     resolution = training.get("resolution")
     thumbnail = info.thumbnail and f"data:image/webp;base64,{base64.b64encode(info.thumbnail).decode()}"
@@ -187,15 +200,15 @@ def describe_adapter(
         "ss_network_alpha": rank,
         "ss_output_name": title,
         "ss_sd_model_name": info.base_model,
-        "ss_base_model_version": version and version[0],
-        "ss_v2": version and str(version[0] == "sd_v2"),
+        "ss_base_model_version": base and base[0],
+        "ss_v2": base and str(base[0] == "sd_v2"),
         "ss_resolution": resolution and f"({resolution}, {resolution})",
         "ss_steps": training.get("steps"),
         "ss_learning_rate": training.get("learning_rate"),
         "ss_training_started_at": started,
         "ss_tag_frequency": tags and json.dumps(tags, ensure_ascii=False),
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": version and f"{version[1]}/lora",
+        "modelspec.architecture": base and f"{base[1]}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
         "modelspec.resolution": resolution and f"{resolution}x{resolution}",
@@ -261,9 +274,10 @@ def _known_names(base: Shapes | None) -> dict[str, tuple[str, str]]:
         for name in shapes:
             for sdxl in (False, True):
                 try:
-                    known[tool_names.key("kohya", component, name, sdxl=sdxl)] = (component, name)
+                    key = tool_names.key("kohya", component, name, sdxl=sdxl)
                 except (ValueError, KeyError):
                     continue
+                known[key] = (component, canonical_name(component, name))
     return known
 
 
@@ -317,7 +331,9 @@ def _read_peft_layers(folder: Path, component: str) -> dict[str, dict[str, LoraL
     for name, part in parts.items():
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
         rank = part["down"].shape[0] if "down" in part else 1
-        layers[name] = _layer(folder, name, part, alpha / (rank**0.5 if config.use_rslora else rank))
+        layers[canonical_name(component, name)] = _layer(
+            folder, name, part, alpha / (rank**0.5 if config.use_rslora else rank)
+        )
     return {component: layers}
 
 
