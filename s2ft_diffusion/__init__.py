@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .tuner.prior import estimate_prior, initialize_s2ft_weights, place_from_prior
     from .tuner.rearrange import Rearrangement
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdapterFileError",
