@@ -204,7 +204,7 @@ class TestRestored:
             update(self, gradient, factor)
             updates.append(same())
             if len(updates) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)  # to this thread, at once
                 for _ in range(1000):  # where Python looks for it
                     pass
 
@@ -220,7 +220,7 @@ class TestRestored:
         restore = estimates._TrainedWeight.restore
 
         def interrupted(self) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread, at once
             restore(self)
 
         monkeypatch.setattr(estimates._TrainedWeight, "restore", interrupted)
