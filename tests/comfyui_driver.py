@@ -92,8 +92,9 @@ def tiny_model() -> comfy.model_patcher.ModelPatcher:
     made.unet_config = {**config, "dtype": torch.float32}
     model = made.get_model({}, device="cpu")
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.1)
+        for weight in model.diffusion_model.state_dict().values():  # buffers too, which are not set here
+            if weight.is_floating_point():
+                weight.copy_(torch.randn(weight.shape) * 0.1)
     device = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 

@@ -28,14 +28,13 @@ def weight_files(base: Path, component: str) -> list[Path]:
 
 
 def base_folder(base: str | os.PathLike) -> Path:
-    """The folder of a base in diffusers' layout; "toybox" is the embedded one. Raises AdapterFileError for no such."""
-    if str(base) == "toybox":
-        from ..toybox import base_path
+    """The folder of a base in diffusers' layout, or of an embedded one. Raises AdapterFileError for no such."""
+    from ..toybox import resolve
 
-        return base_path()
-    if not (Path(base) / "model_index.json").is_file():
+    folder = Path(resolve(base))
+    if not (folder / "model_index.json").is_file():
         raise AdapterFileError(f"{base}: no folder in diffusers' layout (it has no model_index.json).")
-    return Path(base)
+    return folder
 
 
 def weight_shapes(base: Path) -> dict[str, dict[str, tuple[int, ...]]]:
