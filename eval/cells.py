@@ -107,7 +107,8 @@ class Laboratory:
         (cell.folder / FAILURE).unlink(missing_ok=True)
 
     def _try_out(self, trial: Trial) -> dict[str, Any]:
-        run = replace(self.protocol.run(trial.subject, trial.seed), held_out=trial.subject.held_out())
+        run = self.protocol.run(trial.subject, trial.seed)
+        run = replace(run, held_out=trial.subject.held_out(), priors=trial.root / "priors")
         return {"held_out_loss": held_out_loss(trial.method, trial.rate, run, self.device)}
 
     def _draw(self, cell: Cell) -> dict[str, Any]:
@@ -132,7 +133,9 @@ class Laboratory:
         prompts, away = protocol.prompts(subject), drift_prompts(subject.class_name)
         seeds, few = range(protocol.images_per_prompt), range(protocol.drift_images)
         wanted = [(p.text, s) for p in prompts for s in seeds] + [(p, s) for p in away for s in few]
-        make_images(pipe, cell.images, wanted, protocol.sampling, str(cell), batch_size=protocol.images_per_prompt)
+        # On a GPU as many at once as keep it busy: an image has a seed of its own, whatever it is made beside.
+        at_once = 64 if self.device.startswith("cuda") else protocol.images_per_prompt
+        make_images(pipe, cell.images, wanted, protocol.sampling, str(cell), batch_size=at_once)
         made = {prompt: read_images(cell.images, prompt.text, seeds) for prompt in prompts}
         real = subject.real()
         scores = score_images(self.encoders, real, made)

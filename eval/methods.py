@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft import FourierFTConfig, LoraConfig, PeftConfig, WaveFTConfig
+from peft import FourierFTConfig, LoraConfig, OFTConfig, PeftConfig, WaveFTConfig
 from torch import nn
 
 from s2ft_diffusion.dreambooth.arguments import S2FT_OPTIONS
@@ -19,7 +19,7 @@ from s2ft_diffusion.tuner.prior import Estimate
 FOURIER_NUMBERS = 1 / 0.8  # of FourierFT and WaveFT, for each of S²FT's
 LORA_NUMBERS = 12.0
 
-Kind = Literal["drawn", "base", "full", "lora", "fourierft", "waveft", "s2ft"]
+Kind = Literal["drawn", "base", "full", "lora", "lora-bytes", "oft", "fourierft", "waveft", "s2ft"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ REFERENCES = (DRAWN, BASE)
 METHODS = (
     Method("full", "DreamBooth, full", "full", 1e-5),
     Method("lora", "LoRA", "lora", 1e-4),
+    Method("lora-bytes", "LoRA, equal bytes", "lora-bytes", 3e-4),
+    Method("oft", "OFT", "oft", 1e-3),
     Method("fourierft", "FourierFT", "fourierft", 1e-2),
     Method("waveft", "WaveFT", "waveft", 1e-3),
     s2ft("s2ft-paper", "S²FT, paper", 1e-2, "paper"),
@@ -98,20 +100,54 @@ def lora_rank(denoiser: nn.Module, targets: Sequence[str], n_frequency: int | fl
     return math.ceil(wanted / sum(sum(delta_shape(layer)) for layer in layers))
 
 
+def lora_rank_of_equal_bytes(denoiser: nn.Module, targets: Sequence[str], n_frequency: int | float) -> int:
+    """The greatest rank at which LoRA's numbers take no more bytes than S²FT's file, and 1 if there is none.
+
+    S²FT's file holds, beside its numbers, both orders and signs of every layer.
+    """
+    layers = [denoiser.get_submodule(name) for name in targets]
+    sides = [side for layer in layers for side in delta_shape(layer)]
+    bits = sum(16 * numbers(n_frequency, layer) for layer in layers)
+    bits += sum(side * (math.ceil(math.log2(max(side, 2))) + 1) for side in sides)
+    return max(1, bits // (16 * sum(sides)))
+
+
+def oft_block_size(denoiser: nn.Module, targets: Sequence[str], n_frequency: int | float) -> int:
+    """The greatest power of two at which OFT's blocks have at most as many numbers as LoRA has in the comparison.
+
+    A block of b inputs has b (b - 1) / 2 numbers; no linear layer's inputs may leave a rest.
+    """
+    inputs = [layer.in_features for layer in _linear(denoiser, targets).values()]
+    layers = [denoiser.get_submodule(name) for name in targets]
+    allowed = lora_rank(denoiser, targets, n_frequency) * sum(sum(delta_shape(layer)) for layer in layers)
+    size = 2
+    while all(k % (2 * size) == 0 for k in inputs) and sum(k * (2 * size - 1) / 2 for k in inputs) <= allowed:
+        size *= 2
+    return size
+
+
+def _linear(denoiser: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    layers = {name: denoiser.get_submodule(name) for name in targets}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+
+
 def peft_config(
     kind: Kind, denoiser: nn.Module, targets: Sequence[str], n_frequency: int | float, seed: int
 ) -> PeftConfig:
     """PEFT's configuration of a method that it has: its own defaults but for the size, LoRA as diffusers' script.
 
     FourierFT starts at zero, as all others do: its default start, random coefficients, spoils a diffusion model. It and
-    WaveFT adapt no convolutions: where there are some among the targets, the linear layers have their numbers too.
+    WaveFT adapt no convolutions, and PEFT's OFT changes what a convolution gives before it is trained: where there are
+    some among the targets, the linear layers have their numbers too.
     """
-    if kind == "lora":
-        rank = lora_rank(denoiser, targets, n_frequency)
+    if kind in ("lora", "lora-bytes"):
+        rank = (lora_rank if kind == "lora" else lora_rank_of_equal_bytes)(denoiser, targets, n_frequency)
         return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets))
-    layers = {name: denoiser.get_submodule(name) for name in targets}
-    linear = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
-    spread = sum(numbers(n_frequency, layer) for layer in layers.values())
+    linear = _linear(denoiser, targets)
+    if kind == "oft":
+        size = oft_block_size(denoiser, targets, n_frequency)
+        return OFTConfig(r=0, oft_block_size=size, target_modules=list(linear))
+    spread = sum(numbers(n_frequency, denoiser.get_submodule(name)) for name in targets)
     spread /= sum(numbers(n_frequency, layer) for layer in linear.values())
     pattern = {name: numbers(n_frequency, layer, FOURIER_NUMBERS * spread) for name, layer in linear.items()}
     config = {"fourierft": FourierFTConfig, "waveft": WaveFTConfig}[kind]

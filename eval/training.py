@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import sys
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from s2ft_diffusion.families import Family
 from s2ft_diffusion.pipelines.attach import inject_adapter
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
 
+from .capture import CapturedDenoiser
 from .methods import Method, peft_config
 
 ADAPTER = "default"
@@ -43,7 +45,8 @@ HELD_OUT_DRAWS = 64  # at least, over the pictures that are not trained on
 class Run:
     """What is trained on: a base, a subject's photos under a prompt, for so many steps of so many images.
 
-    What is `held_out`, pictures with the words that follow the prompt in their captions, is not trained on.
+    What is `held_out`, pictures with the words that follow the prompt in their captions, is not trained on. `priors` is
+    a folder where priors are kept for other trainings on the same: at other rates, or with other grids.
     """
 
     base: str
@@ -56,6 +59,7 @@ class Run:
     batch: int = 4
     resolution: int | None = None
     held_out: tuple[tuple[Path, str], ...] = ()
+    priors: Path | None = None
 
 
 @dataclass
@@ -112,9 +116,21 @@ class Session:
         return [name for name, _ in self.denoiser.named_modules() if name in wanted]
 
     def prior(self, settings: EstimateSettings) -> dict[str, torch.Tensor]:
-        """The prior of what is attached, from the draws that the recipe takes."""
+        """The prior of what is attached, from the draws that the recipe takes, or as another training kept it."""
+        kept = None
+        if self.run.priors is not None:
+            name = f"{self.run.photos.name}-{self.run.seed}-{settings.kind}-{settings.draws}.safetensors"
+            kept = self.run.priors / name
+            if kept.exists():
+                return load_file(kept)
         batches = estimate_batches(settings, self.layout, self.stream, self.source, self.run.instance_prompt)
-        return estimate_prior(self.denoiser, self.loss, batches, estimate=settings.kind)
+        prior = estimate_prior(self.denoiser, self.loss, batches, estimate=settings.kind)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+            save_file({layer: matrix.contiguous() for layer, matrix in prior.items()}, temporary)
+            temporary.replace(kept)
+        return prior
 
     def batch(self, step: int) -> list:
         """The samples of an optimizer step."""
@@ -175,6 +191,8 @@ def held_out_loss(method: Method, rate: float, run: Run, device: str = "cpu") ->
 def _fit(session: Session, method: Method, rate: float) -> list[float]:
     """Train what is attached; returns every step's loss."""
     parameters = [p for p in session.denoiser.parameters() if p.requires_grad]
+    if session.denoiser.device.type == "cuda":
+        session.loss.components[session.base.denoiser] = CapturedDenoiser(session.denoiser)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     losses: list[float] = []
     for step in tqdm(range(session.run.steps), desc=f"{method.name} {rate:.1e}", mininterval=1):

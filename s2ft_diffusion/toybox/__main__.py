@@ -22,6 +22,7 @@ def main() -> None:
     pretrain.add_argument("--work_dir", type=Path, default=Path("runs/toybox"), help="checkpoints and logs")
     pretrain.add_argument("--output_dir", type=Path, help="where base/ and flow/ go; by default WORK_DIR/bases")
     pretrain.add_argument("--bases", nargs="+", choices=("unet", "flow"), default=("unet", "flow"))
+    pretrain.add_argument("--start", help="train this base's denoiser on instead: toybox, toybox-flow, or a folder")
     pretrain.add_argument("--device", default=None, help="cuda or cpu; by default a GPU where there is one")
     pretrain.add_argument("--scenes", type=int, help="pictures to render")
     pretrain.add_argument("--workers", type=int, help="processes that render; by default one a core")
@@ -44,13 +45,17 @@ def main() -> None:
     elif args.command == "pretrain":
         import torch
 
-        from .pretraining import Plan, pretrain
+        from .pretraining import Plan, pretrain, pretrain_further
 
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         names = ("scenes", "workers", "batch", "autoencoder", "text", "unet", "transformer")
         given = {name: getattr(args, name) for name in names if getattr(args, name)}
         plan = replace(Plan.for_device(device), compile=args.compile, **given)
-        pretrain(args.work_dir, args.output_dir or args.work_dir / "bases", plan, device, args.bases)
+        output_dir = args.output_dir or args.work_dir / "bases"
+        if args.start:
+            pretrain_further(args.work_dir, Path(resolve(args.start)), output_dir, plan, device)
+        else:
+            pretrain(args.work_dir, output_dir, plan, device, args.bases)
     else:
         from .check import check_base
 

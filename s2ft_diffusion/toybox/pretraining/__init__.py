@@ -1,6 +1,7 @@
 """Pretraining of the embedded bases, from nothing: autoencoder, text encoders, U-Net, flow transformer.
 
     python -m s2ft_diffusion.toybox pretrain --work_dir runs/toybox --output_dir runs/toybox/bases
+    python -m s2ft_diffusion.toybox pretrain --start toybox-flow --work_dir runs/more   # train a base's denoiser on
 
 Pictures are rendered in processes of their own beside the training. Every stage goes on from its last checkpoint in
 the work folder, and comes out the same, bit by bit on a CPU, however often it was interrupted.
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from transformers import CLIPTokenizer
 
 from ..networks import new_projected_text_encoder, new_text_encoder
@@ -25,7 +27,7 @@ from .rendering import Renders
 from .saving import save_flow_base, save_unet_base
 from .text import train_text_encoder
 
-__all__ = ["Plan", "pretrain"]
+__all__ = ["Plan", "pretrain", "pretrain_further"]
 
 
 def pretrain(
@@ -66,12 +68,44 @@ def pretrain(
         _describe(output_dir / "flow", work_dir, names, plan, device)
 
 
+def pretrain_further(work_dir: Path, start: Path, output_dir: Path, plan: Plan, device: torch.device) -> None:
+    """Train the denoiser of the base in the folder `start` on; its other networks stay as they are.
+
+    Writes the base, with a training.json whose `start` is that of the base before, to `output_dir`.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    pipeline = DiffusionPipeline.from_pretrained(start).to(device)
+    tokenizer, vae = build_tokenizer(work_dir / "tokenizer"), pipeline.vae
+    with Renders(work_dir, plan.scenes, plan.workers, plan.captions) as renders:
+        renders.wait_for(plan.scenes)
+        moments, _ = encode_scenes(work_dir, vae, renders, device)
+        ids, _ = renders.captions(device)
+    latents = Latents(moments.to(device), vae.config.scaling_factor, ids, _empty(tokenizer, device))
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+        transformer = train_transformer(work_dir, encoders, latents, plan, device, pipeline.transformer)
+        save_flow_base(output_dir, vae, encoders, tokenizer, transformer)
+        stage = "transformer"
+    else:
+        unet = train_unet(work_dir, pipeline.text_encoder, latents, plan, device, pipeline.unet)
+        save_unet_base(output_dir, vae, pipeline.text_encoder, tokenizer, unet)
+        stage = "unet"
+    _describe(output_dir, work_dir, [stage], plan, device, json.loads((start / "training.json").read_text()))
+
+
 def _empty(tokenizer: CLIPTokenizer, device: torch.device) -> torch.Tensor:
     return tokenizer([""], padding="max_length", return_tensors="pt").input_ids[0].to(device)
 
 
-def _describe(folder: Path, work_dir: Path, stages: list[str], plan: Plan, device: torch.device) -> None:
-    """Write training.json: what each stage took (the last record of its log), and on what."""
+def _describe(
+    folder: Path,
+    work_dir: Path,
+    stages: list[str],
+    plan: Plan,
+    device: torch.device,
+    start: dict[str, Any] | None = None,
+) -> None:
+    """Write training.json: what each stage took (the last record of its log), on what, and what it went on from."""
     took = {}
     for name in stages:
         record = json.loads((work_dir / f"{name}.jsonl").read_text().splitlines()[-1])
@@ -91,5 +125,6 @@ def _describe(folder: Path, work_dir: Path, stages: list[str], plan: Plan, devic
         "stages": took,
         "device": f"{where}; {plan.workers} processes rendering",
         "torch": torch.__version__,
+        **({"start": start} if start else {}),
     }
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -41,11 +41,16 @@ class Latents:
 
 
 def train_unet(
-    folder: Path, encoder: CLIPTextModel, latents: Latents, plan: Plan, device: torch.device
+    folder: Path,
+    encoder: CLIPTextModel,
+    latents: Latents,
+    plan: Plan,
+    device: torch.device,
+    start: UNet2DConditionModel | None = None,
 ) -> UNet2DConditionModel:
-    """v-prediction with min-SNR weights (gamma 5); the loss that is logged is without them."""
+    """v-prediction with min-SNR weights (gamma 5); the loss that is logged is without them. `start` is trained on."""
     torch.manual_seed(2)
-    unet = new_unet().to(device, memory_format=torch.channels_last)
+    unet = (start or new_unet()).requires_grad_(True).train().to(device, memory_format=torch.channels_last)
     if device.type == "cpu":  # the CPU's fused attention is slow in the backward pass
         unet.set_attn_processor(AttnProcessor())
     training = Training(unet, 8e-4, plan.unet, warmup=300, decay=0.9995, weight_decay=0.01)
@@ -89,18 +94,20 @@ def train_transformer(
     latents: Latents,
     plan: Plan,
     device: torch.device,
+    start: SD3Transformer2DModel | None = None,
 ) -> SD3Transformer2DModel:
-    """Flow matching; noise levels logit-normal for four fifths of the samples and uniform for the rest."""
+    """Flow matching; noise levels logit-normal for four fifths of the samples and uniform for the rest.
+
+    `start` is trained on.
+    """
     torch.manual_seed(3)
-    transformer = new_transformer().to(device)
+    transformer = (start or new_transformer()).requires_grad_(True).train().to(device)
     training = Training(transformer, 8e-4, plan.transformer, warmup=300, decay=0.9995, weight_decay=0.01)
     stage = Stage("transformer", folder, training.parts, plan.every)
 
-    def predict(noisy: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        with autocast(device):
-            return transformer(noisy, context, pooled, level * 1000).sample
-
-    predicted = torch.compile(predict) if plan.compile and device.type == "cuda" else predict
+    if plan.compile and device.type == "cuda":  # block by block: they share their code
+        for block in transformer.transformer_blocks:
+            block.compile(fullgraph=True, dynamic=True)
 
     def step(i: int) -> torch.Tensor:
         generator = step_generator(3, i, device)
@@ -111,7 +118,8 @@ def train_transformer(
         level = torch.where(choice < 0.8, bell, even)
         share = level[:, None, None, None]
         context, pooled = encode_text(encoders, ids, SILENT[i % len(SILENT)])
-        prediction = predicted((1 - share) * clean + share * noise, context, pooled, level)
+        with autocast(device):
+            prediction = transformer((1 - share) * clean + share * noise, context, pooled, level * 1000).sample
         loss = (prediction.float() - (noise - clean)).square().mean()
         training.update(loss, i)
         return loss
