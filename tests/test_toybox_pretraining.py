@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 
 from s2ft_diffusion import toybox
 from s2ft_diffusion.toybox.networks import to_tensor
-from s2ft_diffusion.toybox.pretraining import Plan, pretrain
+from s2ft_diffusion.toybox.pretraining import Plan, pretrain, pretrain_further
 from s2ft_diffusion.toybox.pretraining.autoencoder import cluttered
 from s2ft_diffusion.toybox.pretraining.denoisers import encode_text
 from s2ft_diffusion.toybox.pretraining.rendering import Renders
@@ -61,6 +61,19 @@ def test_both_bases_come_out_as_the_committed_ones_are_laid_out(trained) -> None
         assert all(stage["steps"] == 2 and np.isfinite(stage["loss"]) for stage in report["stages"].values())
     vae = [trained / "bases" / name / "vae" for name in ("base", "flow")]
     assert weights(vae[0]) == weights(vae[1])
+
+
+@pytest.mark.parametrize(("name", "denoiser"), [("base", "unet"), ("flow", "transformer")])
+def test_a_base_is_trained_on(trained, tmp_path, name, denoiser) -> None:
+    start, output = trained / "bases" / name, tmp_path / "bases"
+    pretrain_further(tmp_path, start, output, TINY, CPU)
+    before, after = weights(start), weights(output)
+    assert before.keys() == after.keys()
+    changed = {file for file in before if before[file] != after[file]}
+    assert changed == {f"{denoiser}/diffusion_pytorch_model.safetensors"}
+    report = json.loads((output / "training.json").read_text())
+    assert list(report["stages"]) == [denoiser]
+    assert report["start"] == json.loads((start / "training.json").read_text())
 
 
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(trained, tmp_path, monkeypatch) -> None:

@@ -119,7 +119,7 @@ def _describe(
         }
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     report = {
-        "made_by": "python -m s2ft_diffusion.toybox pretrain",
+        "made_by": "python -m s2ft_diffusion.toybox pretrain" + " --start" * bool(start),
         "scenes": plan.scenes,
         "captions_a_scene": plan.captions,
         "stages": took,
