@@ -65,7 +65,7 @@ class HistoryTab:
         showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting}
         self.refresh.click(**listing, api_name="list_history")
         for event in (self.page.selected["history"].select, self.kept.input):
-            event(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
+            event(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE, show_progress="hidden")
 
         def choose(ids: list[str], event: gr.SelectData) -> str:
             return ids[event.index] if 0 <= event.index < len(ids) else NONE
@@ -93,7 +93,7 @@ class HistoryTab:
             self.chosen,
             js="image => confirm('Delete this picture for good?') ? image : ''",
             **PRIVATE,
-        ).success(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
+        ).success(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE, show_progress="hidden")
 
     # What the buttons do
 

@@ -27,7 +27,7 @@ class InspectTab:
         self.plot = gr.BarPlot(
             x="number", y="size", title="Size of each layer's weight change", height=240, tooltip="all"
         )
-        self.layer = gr.Dropdown([], label="Layer", value="", filterable=False, visible=False, elem_id="layer")
+        self.layer = gr.Dropdown([], label="Layer", value=None, filterable=False, visible=False, elem_id="layer")
         self.pictures = gr.Gallery(label="The layer", format="png", columns=3, height=430, elem_id="pictures")
 
     def wire(self) -> None:
