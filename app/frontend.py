@@ -64,6 +64,9 @@ CSS = """
 .line.small {font-size: 0.8rem; min-height: 1.3em; color: var(--body-text-color-subdued)}
 .line.warns, .line.warns.small {color: #b42318}
 .dark .line.warns, .dark .line.warns.small {color: #fda29b}
+.menu span {display: block; font-size: var(--block-label-text-size); padding-bottom: 4px}
+.menu select {width: 100%; padding: 9px; border-radius: 6px; border: 1px solid var(--input-border-color);
+  background: var(--input-background-fill); color: var(--body-text-color)}
 #sheet .icon-button-wrapper {top: auto !important; bottom: 6px !important}
 #stage.dropping #restore {outline: 3px dashed var(--primary-500)}
 
@@ -119,6 +122,25 @@ all.addEventListener('change', () => {
 });
 watch('choices', show);
 watch('value', mark);
+show();
+"""
+
+MENU_TEMPLATE = '<label class="menu"><span></span><select></select></label>'
+
+# The browser's own list: it closes when it is left, takes no free text, and fills a phone's screen.
+MENU_JS = """
+const list = element.querySelector('select');
+element.querySelector('span').textContent = LABEL;
+function show() {
+  list.replaceChildren(...(props.choices || []).map(choice => new Option(choice, choice)));
+  list.value = props.value;
+}
+list.addEventListener('change', () => {
+  props.value = list.value;
+  trigger('input');
+});
+watch('choices', show);
+watch('value', () => {list.value = props.value;});
 show();
 """
 

@@ -15,7 +15,6 @@ from ..errors import polite
 from ..history import load_png, settings_of
 from ..limits import RequestError
 from ..words import escaped
-from .generate import filled
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -71,7 +70,7 @@ class HistoryTab:
             return ids[event.index] if 0 <= event.index < len(ids) else NONE
 
         def fill(image: str, request: gr.Request) -> tuple[Any, ...]:
-            return *filled(self.image_settings(image, request)), False, gr.Tabs(selected="generate")
+            return *self.page.generate.filled(self.image_settings(image, request)), False, gr.Tabs(selected="generate")
 
         def contrast(image: str, request: gr.Request) -> tuple[Any, ...]:
             return self.page.compare.filled(self.image_settings(image, request))
