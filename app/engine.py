@@ -29,8 +29,9 @@ from s2ft_diffusion import toybox
 from s2ft_diffusion.adapters.file import AdapterFileError
 from s2ft_diffusion.dreambooth.base import find_family, load_pipeline
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.prompts import lost_words, read_windows
 from s2ft_diffusion.dreambooth.settings import BaseSettings
-from s2ft_diffusion.families import FAMILIES, Family
+from s2ft_diffusion.families import FAMILIES, Family, Sampling
 from s2ft_diffusion.pipelines.attach import adaptable_components
 
 from . import limits
@@ -46,6 +47,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "UniPC": ("UniPCMultistepScheduler", {}),
 }
+OWN = "own"  # the scheduler that the base comes with
 KEPT_ADAPTERS = 8
 
 
@@ -75,8 +77,8 @@ class Settings:
                 adapters.append((str(adapter), limits.number("The strength", strength, limits.STRENGTH)))
         if len({adapter for adapter, _ in adapters}) < len(adapters):
             raise RequestError("The two adapters are the same one; choose another, or one alone.")
-        if values.get("scheduler") not in [*SCHEDULERS]:  # a list: what was sent may be of any type
-            raise RequestError(f"The scheduler must be one of {', '.join(SCHEDULERS)}.")
+        if values.get("scheduler") not in [*SCHEDULERS, OWN]:  # a list: what was sent may be of any type
+            raise RequestError(f"The scheduler must be one of {', '.join([*SCHEDULERS, OWN])}.")
         return cls(
             prompt=limits.text("The prompt", values.get("prompt"), limits.PROMPT_LENGTH),
             negative_prompt=limits.text("The negative prompt", values.get("negative_prompt"), limits.PROMPT_LENGTH),
@@ -170,7 +172,7 @@ class Engine:
         first = self.threads.submit(self._load, pipelines).result()
         self.family = FAMILIES[type(first).__name__]
         self.scheduler_class, self.scheduler_config = type(first.scheduler), dict(first.scheduler.config)
-        self._tokenizer, self._counting = copy.deepcopy(getattr(first, "tokenizer", None)), threading.Lock()
+        self._windows, self._counting = read_windows(BaseSettings(base)), threading.Lock()
         self.components: Mapping[str, torch.nn.Module] = adaptable_components(first)
 
     def _load(self, pipelines: int) -> DiffusionPipeline:
@@ -180,15 +182,27 @@ class Engine:
             self._workers.put(Worker(first if number == 0 else _copy(first)))
         return first
 
+    @property
+    def schedulers(self) -> list[str]:
+        """What the base can be sampled with, the usual one first."""
+        return [*SCHEDULERS, OWN] if self.family.samplers else [OWN]
+
+    @property
+    def usual(self) -> Sampling:
+        """The steps and the guidance to begin with: the embedded bases' own, else the pipeline's."""
+        if toybox.is_embedded(self.base):
+            return Sampling(25, 4.0)
+        usual = self.family.sampling()
+        return replace(usual, steps=25) if self.family.samplers else usual  # what these samplers need
+
     def tokens(self, prompt: str) -> tuple[int, int, str]:
-        """How many tokens a prompt has, how many the text encoder reads, and the words after those."""
-        if self._tokenizer is None:
+        """How many tokens a prompt has, how many the text encoders read, and the words that none of them reads."""
+        if not self._windows:
             return 0, 0, ""
         with self._counting:  # a tokenizer keeps how it pads
-            tokens = self._tokenizer(prompt, truncation=False, verbose=False).input_ids
-            limit = self._tokenizer.model_max_length
-            unread = self._tokenizer.decode(tokens[limit - 1 : -1]) if len(tokens) > limit else ""
-            return len(tokens), limit, unread.replace("</w>", " ").strip()
+            tokenizer, limit = max(self._windows, key=lambda window: window[1])
+            count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            return count, limit, lost_words(prompt, self._windows)
 
     def generate(self, settings: Settings, library: Library, listener: Listener | None = None) -> list[Image.Image]:
         """The images, each with its settings in `image.info`; waits for a free pipeline.
@@ -202,6 +216,10 @@ class Engine:
         """`generate`, image by image."""
         listener = listener or Listener()
         wanted = [(library.get(adapter), strength) for adapter, strength in settings.adapters]
+        if settings.scheduler not in self.schedulers:
+            raise RequestError(f"This base is sampled by its own scheduler alone: {OWN!r}, not {settings.scheduler!r}.")
+        if settings.negative_prompt and self.family.negative_prompt is None:
+            raise RequestError("This base takes no negative prompt: its guidance is distilled.")
         worker = self._workers.get()
         try:
             if listener.cancelled():
@@ -244,7 +262,7 @@ class Engine:
         on_step_end: Callable[..., dict[str, torch.Tensor]],
     ) -> Image.Image:
         kind, options = self.scheduler_class, {}
-        if self.family.samplers:  # else there is one, the base's own
+        if settings.scheduler != OWN:
             name, options = SCHEDULERS[settings.scheduler]
             kind = getattr(diffusers, name)
         pipe.scheduler = kind.from_config(self.scheduler_config, **options)

@@ -6,15 +6,25 @@ evaluated after they are filled in, so nothing but what is written here goes thr
 
 from __future__ import annotations
 
+# Around what Gradio's `css` reaches, which is the page's content alone.
+PAGE_CSS = """
+.gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto !important}
+.gradio-container > .main {padding: 12px 20px !important}
+.dark {--color-accent: var(--primary-400) !important}
+footer {display: none !important}
+@media (max-width: 720px) {.gradio-container > .main {padding: 4px 10px !important}}
+@media (prefers-reduced-motion: reduce) {
+  *, *::before, *::after {transition: none !important; animation: none !important}
+}
+"""
+
 CSS = """
-.gradio-container {width: 100% !important; max-width: 1180px !important; margin: auto}
 #masthead {padding: 4px 2px 0}
 #masthead h1 {font-size: 1.5rem; margin: 0}
 #masthead p {margin: 0; color: var(--body-text-color-subdued)}
 .beside {align-self: flex-end; height: 44px}
-footer {display: none !important}
-.gradio-container :is(button, input, textarea, a, [role=tab], .tile):focus-visible,
-.tile:focus-within {outline: 3px solid var(--primary-500) !important; outline-offset: 2px}
+:is(button, input, textarea, select, a, [role=tab], [role=slider], [tabindex]):focus-visible,
+.tile:has(:focus-visible) {outline: 3px solid var(--color-accent) !important; outline-offset: 2px}
 
 /* Adapters as pictures: a strip, or a wall. */
 .tiles {border: 0; margin: 0; padding: 0; min-width: 0}
@@ -39,8 +49,9 @@ footer {display: none !important}
 #stage {display: grid !important; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); align-items: start;
   grid-template-areas: "ask frame" "rest frame"; grid-template-rows: auto 1fr}
 #ask {grid-area: ask} #frame {grid-area: frame} #rest {grid-area: rest}
-#canvas {position: relative; min-height: 340px}
-#results {min-height: 340px; height: auto !important; max-height: none !important}
+#canvas {position: relative; aspect-ratio: 1; flex: none !important}
+#canvas:has(.thumbnail-item:nth-of-type(5)) {aspect-ratio: auto}
+#results {height: 100% !important; max-height: none !important}
 #results .grid-wrap {height: auto !important; max-height: none !important; overflow: visible}
 #results .grid-container:not(:has(> :nth-child(2))) {grid-template-columns: minmax(0, 1fr) !important}
 #preview {position: absolute !important; inset: 0; z-index: 2; margin: 0; pointer-events: none}
@@ -53,12 +64,17 @@ footer {display: none !important}
 .line.small {font-size: 0.8rem; min-height: 1.3em; color: var(--body-text-color-subdued)}
 .line.warns, .line.warns.small {color: #b42318}
 .dark .line.warns, .dark .line.warns.small {color: #fda29b}
+.menu span {display: block; font-size: var(--block-label-text-size); padding-bottom: 4px}
+.menu select {width: 100%; padding: 9px; border-radius: 6px; border: 1px solid var(--input-border-color);
+  background: var(--input-background-fill); color: var(--body-text-color)}
 #sheet .icon-button-wrapper {top: auto !important; bottom: 6px !important}
 #stage.dropping #restore {outline: 3px dashed var(--primary-500)}
 
 @media (max-width: 720px) {
-  .gradio-container, .gradio-container .app {padding: 8px !important}
+  #masthead, #masthead .html-container {padding: 0}
   #masthead h1 {font-size: 1.2rem}
+  #masthead p, #masthead h1 {display: inline-block; margin-right: 8px}
+  .tab-container button {padding: 0 6px !important; font-size: 13px !important}
   #stage {grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "frame" "rest";
     grid-template-rows: none}
   .tile {width: 76px}
@@ -109,6 +125,25 @@ watch('value', mark);
 show();
 """
 
+MENU_TEMPLATE = '<label class="menu"><span></span><select></select></label>'
+
+# The browser's own list: it closes when it is left, takes no free text, and fills a phone's screen.
+MENU_JS = """
+const list = element.querySelector('select');
+element.querySelector('span').textContent = LABEL;
+function show() {
+  list.replaceChildren(...(props.choices || []).map(choice => new Option(choice, choice)));
+  list.value = props.value;
+}
+list.addEventListener('change', () => {
+  props.value = list.value;
+  trigger('input');
+});
+watch('choices', show);
+watch('value', () => {list.value = props.value;});
+show();
+"""
+
 LINE_TEMPLATE = '<div class="line" role="status"></div>'
 
 # One line of text; what begins with "!" is a warning.
@@ -126,10 +161,14 @@ show();
 # The page's state in its address, and pictures dropped on the Generate tab.
 HEAD_JS = """
 window.s2ft = {
+  reveal(selector) {  // on a narrow page what was asked for may be above or below what is seen
+    if (innerWidth <= 720)
+      setTimeout(() => document.querySelector(selector)?.scrollIntoView({block: 'nearest', behavior: 'smooth'}), 100);
+  },
   start(random, seed, status) {
     const go = document.querySelector('#generate');
     if (!go || go.disabled) return [seed, status, {__type__: 'update'}, {__type__: 'update'}];
-    if (innerWidth <= 720) document.querySelector('#status')?.scrollIntoView({block: 'nearest', behavior: 'smooth'});
+    this.reveal('#status');
     return [random ? Math.floor(Math.random() * 2 ** 32) : seed, 'queued',
             {__type__: 'update', interactive: false}, {__type__: 'update', interactive: true}];
   },
@@ -161,6 +200,21 @@ window.s2ft = {
     }, 300);
   },
 };
+// What Gradio's parts say to screen readers, put right: names that roles cannot have, or that are not what is seen.
+function mend() {
+  const each = (selector, act) => document.querySelectorAll(selector).forEach(act);
+  each('.empty[aria-label]:not([role])', part => part.setAttribute('role', 'img'));
+  each('button[aria-dropeffect]', part => {
+    part.removeAttribute('aria-label');
+    part.removeAttribute('aria-dropeffect');
+  });
+  each('.thumbnail-item:has(.caption-label)', part => {
+    part.removeAttribute('aria-label');
+    part.querySelector('img')?.setAttribute('alt', '');
+  });
+  each('svg .role-mark:not([aria-hidden])', part => part.setAttribute('aria-hidden', 'true'));
+}
+new MutationObserver(mend).observe(document, {childList: true, subtree: true});
 addEventListener('popstate', () => document.querySelector('#go-back')?.click());
 for (const name of ['dragover', 'dragleave', 'drop'])
   addEventListener(name, event => {

@@ -8,11 +8,8 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
-from s2ft_diffusion import toybox
-
 from . import limits
 from .app import NONE, App
-from .engine import SCHEDULERS
 from .errors import polite
 from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
@@ -35,7 +32,17 @@ def theme() -> gr.themes.Base:
     """System fonts, so that nothing is fetched from elsewhere, and quiet colours."""
     sans = ["ui-sans-serif", "system-ui", "sans-serif"]
     mono = ["ui-monospace", "monospace"]
-    return gr.themes.Default(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=sans, font_mono=mono)
+    kind = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=sans, font_mono=mono)
+    # Gradio's own subdued and primary colours have too little contrast for small letters.
+    return kind.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        color_accent="*primary_600",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+    )
 
 
 class Page:
@@ -45,8 +52,8 @@ class Page:
         self.app = app
         self.busy = {"concurrency_limit": concurrency, "concurrency_id": GENERATION}
         self.adapters: list[tuple[gr.HTML, bool]] = []  # tiles of adapters, and whether "none" is among them
-        guidance = 4.0 if toybox.is_embedded(app.engine.base) else 7.5
-        self.defaults = {"steps": 25, "guidance": guidance, "seed": 0, "scheduler": "DDIM"}
+        usual, scheduler = app.engine.usual, app.engine.schedulers[0]
+        self.defaults = {"steps": usual.steps, "guidance": usual.guidance, "seed": 0, "scheduler": scheduler}
         choices = app.library.choices()
         self.first = choices[0][1] if choices else NONE
 
@@ -87,13 +94,18 @@ class Page:
         return [{"id": NONE, "label": "none", "picture": "", "note": "the base alone"}, *usable] if none else usable
 
     def sampling(self) -> tuple[gr.Slider, gr.Slider, gr.Radio]:
-        """Steps, guidance, scheduler."""
+        """Steps, guidance, scheduler; of a scheduler without a choice nothing is shown."""
         with gr.Row():
             steps = gr.Slider(*limits.STEPS, value=self.defaults["steps"], step=1, label="Steps", min_width=120)
             guidance = gr.Slider(
                 *limits.GUIDANCE, value=self.defaults["guidance"], step=0.5, label="Guidance", min_width=120
             )
-        return steps, guidance, gr.Radio(list(SCHEDULERS), value=self.defaults["scheduler"], label="Scheduler")
+        schedulers = self.app.engine.schedulers
+        return (
+            steps,
+            guidance,
+            gr.Radio(schedulers, value=schedulers[0], label="Scheduler", visible=len(schedulers) > 1),
+        )
 
     # What several tabs take part in
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from .app import App
 from .arguments import ROOT
 from .engine import Engine
-from .frontend import CSS, HEAD_JS
+from .frontend import CSS, HEAD_JS, PAGE_CSS
 from .history import History
 from .library import Library
 from .page import Page, theme
@@ -72,7 +72,7 @@ def launch(args: argparse.Namespace, *, block: bool = True) -> tuple[gr.Blocks, 
             max_file_size=f"{args.max_upload_mb}mb",
             theme=theme(),
             css=CSS,
-            head=f"<script>{HEAD_JS}</script>",
+            head=f"<style>{PAGE_CSS}</style><script>{HEAD_JS}</script>",
             show_error=False,
             prevent_thread_lock=True,
             quiet=True,

@@ -191,10 +191,12 @@ class CompareTab:
     def filled(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """An image's settings for the controls, in the order of `settings`, and the tab."""
         adapters = [adapter for adapter, _ in values["adapters"] if adapter in self.app.library.labels()]
+        schedulers = self.app.engine.schedulers
+        scheduler = values["scheduler"] if values["scheduler"] in schedulers else schedulers[0]
         strengths = sorted({0.5, 1.0, *(strength for _, strength in values["adapters"])})
         return (
             values["prompt"], adapters, ", ".join(f"{value:g}" for value in strengths), values["steps"],
-            values["guidance"], values["seed"], 1, values["scheduler"], gr.Tabs(selected="compare"),
+            values["guidance"], values["seed"], 1, scheduler, gr.Tabs(selected="compare"),
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .. import limits
 from ..app import NONE, user_of
-from ..engine import SCHEDULERS, Listener, Settings
+from ..engine import Listener, Settings
 from ..errors import polite
 from ..history import load_png, settings_of
 from ..limits import RequestError
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 PRIVATE = {"api_visibility": "private"}
 QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 ENABLED, DISABLED = {"__type__": "update", "interactive": True}, {"__type__": "update", "interactive": False}
-
-
-def filled(values: dict[str, Any]) -> tuple[Any, ...]:
-    """An image's settings as values for the controls, in the order of `GenerateTab.settings`."""
-    adapters = [*values["adapters"], *[[NONE, 1.0], [NONE, 0.5]][len(values["adapters"]) :]]
-    return (
-        values["prompt"], values["negative_prompt"], *adapters[0], *adapters[1], values["steps"],
-        values["guidance"], values["seed"], values["images"], values["scheduler"], False,
-    )  # fmt: skip
 
 
 def step_words(done: int, steps: int, images: int) -> str:
@@ -93,7 +84,10 @@ class GenerateTab:
                         False, label="Each line is a prompt of its own", info=f"at most {limits.LINES}", elem_id="lines"
                     )
                     self.steps, self.guidance, self.scheduler = self.page.sampling()
-                    self.negative = gr.Textbox("", label="Negative prompt", max_length=limits.PROMPT_LENGTH)
+                    self.negative = gr.Textbox(
+                        "", label="Negative prompt", max_length=limits.PROMPT_LENGTH,
+                        visible=self.app.engine.family.negative_prompt is not None,
+                    )  # fmt: skip
                 self.restored = gr.File(
                     label="A PNG made here: have its settings back (or drop it anywhere on this tab)",
                     file_types=[".png"], height=110, elem_id="restore",
@@ -136,7 +130,7 @@ class GenerateTab:
             return event.index
 
         def use(made: dict[str, Any], chosen: int) -> tuple[Any, ...]:
-            return *filled(self.settings_at(made, chosen)), False
+            return *self.filled(self.settings_at(made, chosen)), False
 
         self.results.select(choose, None, self.chosen, **QUIET)
         self.again.click(polite(use), [self.made, self.chosen], [*self.settings, self.random], **PRIVATE)
@@ -280,6 +274,18 @@ class GenerateTab:
             raise RequestError("There is no image yet.")
         return json.loads(made["settings"][chosen if chosen < len(made["settings"]) else -1])
 
+    def filled(self, values: dict[str, Any]) -> tuple[Any, ...]:
+        """An image's settings as values for the controls, in the order of `settings`; what is not here is left out."""
+        there = self.app.library.labels()
+        adapters = [pair for pair in values["adapters"] if pair[0] in there]
+        adapters += [[NONE, 1.0], [NONE, 0.5]][len(adapters) :]
+        schedulers = self.app.engine.schedulers
+        scheduler = values["scheduler"] if values["scheduler"] in schedulers else schedulers[0]
+        return (
+            values["prompt"], values["negative_prompt"], *adapters[0], *adapters[1], values["steps"],
+            values["guidance"], values["seed"], values["images"], scheduler, False,
+        )  # fmt: skip
+
     def restore(self, file: str) -> tuple[Any, ...]:
         """The settings of a PNG that was made here, into the controls."""
         try:
@@ -289,9 +295,7 @@ class GenerateTab:
             raise RequestError(said) from None
         lost = [adapter for adapter, _ in settings.adapters if adapter not in self.app.library.labels()]
         words = "!its adapter is not here any more" if lost else "these are the settings of that picture"
-        values = json.loads(settings.to_json())
-        values["adapters"] = [pair for pair in values["adapters"] if pair[0] not in lost]
-        return *filled(values), False, words, None
+        return *self.filled(json.loads(settings.to_json())), False, words, None
 
     def from_address(self, query: dict[str, str]) -> tuple[Any, ...]:
         """Values for the controls from a link, `gr.skip()` for what it does not say or says wrongly."""
@@ -306,7 +310,7 @@ class GenerateTab:
             "guidance": lambda v: limits.number("", float(v), limits.GUIDANCE),
             "seed": lambda v: limits.whole("", float(v), (0, limits.SEEDS - 1)),
             "images": lambda v: limits.whole("", float(v), limits.IMAGES),
-            "scheduler": lambda v: {name: name for name in SCHEDULERS}[v],
+            "scheduler": lambda v: {name: name for name in self.app.engine.schedulers}[v],
             "lines": lambda v: v == "true",
         }
         found = []

@@ -15,7 +15,6 @@ from ..errors import polite
 from ..history import load_png, settings_of
 from ..limits import RequestError
 from ..words import escaped
-from .generate import filled
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -65,13 +64,13 @@ class HistoryTab:
         showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting}
         self.refresh.click(**listing, api_name="list_history")
         for event in (self.page.selected["history"].select, self.kept.input):
-            event(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
+            event(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE, show_progress="hidden")
 
         def choose(ids: list[str], event: gr.SelectData) -> str:
             return ids[event.index] if 0 <= event.index < len(ids) else NONE
 
         def fill(image: str, request: gr.Request) -> tuple[Any, ...]:
-            return *filled(self.image_settings(image, request)), False, gr.Tabs(selected="generate")
+            return *self.page.generate.filled(self.image_settings(image, request)), False, gr.Tabs(selected="generate")
 
         def contrast(image: str, request: gr.Request) -> tuple[Any, ...]:
             return self.page.compare.filled(self.image_settings(image, request))
@@ -93,7 +92,7 @@ class HistoryTab:
             self.chosen,
             js="image => confirm('Delete this picture for good?') ? image : ''",
             **PRIVATE,
-        ).success(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE)
+        ).success(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE, show_progress="hidden")
 
     # What the buttons do
 

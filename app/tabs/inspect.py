@@ -10,6 +10,7 @@ from PIL import Image
 
 from .. import inspection
 from ..errors import polite
+from .parts import menu
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -27,7 +28,7 @@ class InspectTab:
         self.plot = gr.BarPlot(
             x="number", y="size", title="Size of each layer's weight change", height=240, tooltip="all"
         )
-        self.layer = gr.Dropdown([], label="Layer", value="", filterable=False, visible=False, elem_id="layer")
+        self.layer = menu("Layer", visible=False, elem_id="layer")
         self.pictures = gr.Gallery(label="The layer", format="png", columns=3, height=430, elem_id="pictures")
 
     def wire(self) -> None:

@@ -60,10 +60,10 @@ class LibraryTab:
             with gr.Column(scale=5, min_width=300):
                 self.tiles = tiles("Adapters", self.tiles_for("", SORTS[0]), look="wall", elem_id="library")
             with gr.Column(scale=3, min_width=260):
-                self.about = gr.Markdown(NOTHING, elem_id="about")
                 with gr.Row():
                     self.use = gr.Button("Use", variant="primary", interactive=False, min_width=80, elem_id="use")
                     self.download = gr.DownloadButton("Download", interactive=False, min_width=80, elem_id="download")
+                self.about = gr.Markdown(NOTHING, elem_id="about")
                 with gr.Row(visible=False) as self.own:
                     self.name = gr.Textbox(
                         "", label="Name", max_length=limits.WORDS_LENGTH, min_width=120, elem_id="name"
@@ -84,7 +84,7 @@ class LibraryTab:
         looking = [polite(self.look_again), [self.words, self.sort], [self.tiles, *self.page.adapter_parts]]
         for event in (self.look.click, self.words.submit, self.page.selected["library"].select, self.page.blocks.load):
             event(*looking, **PRIVATE, show_progress="hidden")
-        for event in (self.words.input, self.sort.input):
+        for event in (self.words.change, self.sort.input):  # a text that is pasted changes without an input
             event(
                 polite(lambda words, sort: gr.update(choices=self.tiles_for(words, sort))),
                 [self.words, self.sort],
@@ -93,6 +93,7 @@ class LibraryTab:
                 **QUIET,
             )
         self.tiles.change(polite(self.show), self.tiles, chosen, **QUIET)
+        self.tiles.input(None, None, None, js="() => window.s2ft.reveal('#about')", **QUIET)
         self.page.use_on(self.use, self.tiles)
         self.rename.click(polite(self.rename_adapter), [self.tiles, self.name], None, **PRIVATE).success(
             *looking, **PRIVATE

@@ -1,4 +1,4 @@
-"""Parts that Gradio does not have, made of its HTML component: tiles to choose from, and a line of text."""
+"""Parts that Gradio does not have, made of its HTML component: tiles to choose from, a menu, and a line of text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..app import NONE
-from ..frontend import LINE_JS, LINE_TEMPLATE, TILES_JS, TILES_TEMPLATE
+from ..frontend import LINE_JS, LINE_TEMPLATE, MENU_JS, MENU_TEMPLATE, TILES_JS, TILES_TEMPLATE
 from ..library import Entry
 
 PICTURE = 128  # pixels
@@ -60,6 +60,20 @@ def _picture(entry: Entry) -> str:
     data = io.BytesIO()
     image.save(data, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def menu(label: str, **options: Any) -> gr.HTML:
+    """A list to choose one of `choices` (strings) from, empty at first."""
+    return gr.HTML(
+        "",
+        label=label,
+        choices=[],
+        html_template=MENU_TEMPLATE,
+        js_on_load=f"const LABEL = {json.dumps(label)};{MENU_JS}",
+        apply_default_css=False,
+        elem_classes="bare",
+        **options,
+    )
 
 
 def line(value: str = "", *, small: bool = False, **options: Any) -> gr.HTML:

@@ -36,8 +36,15 @@ def test_upload_use_rename_and_delete(page, fresh) -> None:
     page.wait_for_function("document.querySelector('#name textarea, #name input')?.value === 'cat'")
     assert chosen(page, "#library") == ["cat (2026-02-03)"]
     # equal names are told apart, by the same words in every tab
-    for where in ("#adapter", "#compared", "#inspected", "#library"):
-        assert {"cat (2026-01-01)", "cat (2026-02-03)"} <= set(labels(page, where)), where
+    for name, where in (
+        ("Generate", "#adapter"),
+        ("Compare", "#compared"),
+        ("Inspect", "#inspected"),
+        ("Library", "#library"),
+    ):
+        tab(page, name)
+        for label in ("cat (2026-01-01)", "cat (2026-02-03)"):
+            tile(page, label, where).wait_for()
     upload(page, another)
     page.get_by_text("This file is there already, as cat (2026-02-03)").wait_for()
     page.locator("#name textarea, #name input").fill("Tom")
