@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -210,12 +210,13 @@ def _images(cell: Cell, prompts: Sequence[str], seeds: Sequence[int]) -> list[Im
     return [image for prompt in prompts for image in read_images(cell.images, prompt, seeds)]
 
 
-def open_laboratory(args: argparse.Namespace) -> Laboratory:
-    """The laboratory that the arguments ask for; its output folder is claimed for their protocol.
+def open_laboratory(args: argparse.Namespace, subjects: Iterable[Subject]) -> Laboratory:
+    """The laboratory that the arguments ask for, for some subjects; its output folder is claimed for their protocol.
 
     Raises InputError or EncoderError.
     """
     encoders = encoders_for(args)
     protocol = make_protocol(args, encoders.names)
+    protocol.check_prompts(subjects)
     claim(args.output_dir, json.loads(json.dumps(asdict(protocol))))
     return Laboratory(protocol, encoders, args.device)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.prompts import check_read, read_windows, words
+from s2ft_diffusion.dreambooth.settings import BaseSettings
 from s2ft_diffusion.toybox.world import BACKGROUNDS, CLASSES
 
 LIVE_CLASSES = ("cat", "dog")
@@ -86,3 +89,13 @@ def drift_prompts(class_name: str) -> list[str]:
     return [
         f"a photo of a {name} {place}" for name in (class_name, *others) for place in list(BACKGROUNDS.values())[:2]
     ]
+
+
+def check_all_read(base: str, prompts: Iterable[str], subject: str) -> None:
+    """Raise InputError for a prompt at whose end words of the subject would not be read by the base's text encoders.
+
+    `subject` is the unique token and the class; other words that are lost are warned of.
+    """
+    windows = read_windows(BaseSettings(base))
+    for prompt in dict.fromkeys(prompts):
+        check_read(f"The prompt {prompt!r}", prompt, words(subject), windows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from s2ft_diffusion.toybox.subjects import Subject as ToySubject
 from s2ft_diffusion.tuner.config import S2FTConfig
 
 from .generation import Sampling, sampling_for
-from .prompts import Prompt, read_classes, read_templates, toybox_templates
+from .prompts import Prompt, check_all_read, drift_prompts, read_classes, read_templates, toybox_templates
 from .score import add_encoder_arguments
 from .training import Run
 
@@ -80,9 +80,19 @@ class Protocol:
         templates = read_templates(Path(file), subject.class_name) if file else toybox_templates()
         return list(dict.fromkeys(Prompt.fill(t, self.token, subject.class_name) for t in templates))
 
+    def instance_prompt(self, subject: Subject) -> str:
+        return f"a photo of {self.token} {subject.class_name}"
+
+    def check_prompts(self, subjects: Iterable[Subject]) -> None:
+        """Raise InputError for a prompt at whose end the base would not read the subject's words."""
+        for subject in subjects:
+            texts = [prompt.text for prompt in self.prompts(subject)]
+            texts += [self.instance_prompt(subject), *drift_prompts(subject.class_name)]
+            check_all_read(self.base, texts, f"{self.token} {subject.class_name}")
+
     def run(self, subject: Subject, seed: int) -> Run:
         """The training run of a subject and a seed."""
-        prompt = f"a photo of {self.token} {subject.class_name}"
+        prompt = self.instance_prompt(subject)
         return Run(
             self.base, subject.photos, prompt, seed, self.n_frequency, self.targets, self.steps, self.batch,
             self.resolution,

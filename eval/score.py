@@ -22,7 +22,7 @@ from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 
 from .encoders import CLIP, DINO, LPIPS, TOYBOX, load_encoders
 from .generation import claim, generate, load_pipeline, read_images, sampling_for
-from .prompts import Prompt, drift_prompts, read_templates, toybox_templates
+from .prompts import Prompt, check_all_read, drift_prompts, read_templates, toybox_templates
 from .scores import Scores, add_drift, contact_sheet, markdown, score_images, score_real
 
 
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     templates = read_templates(args.prompts, class_name) if args.prompts else toybox_templates()
     prompts = list(dict.fromkeys(Prompt.fill(template, args.token, class_name) for template in templates))
     away = drift_prompts(class_name)
+    check_all_read(args.base, [*(prompt.text for prompt in prompts), *away], f"{args.token} {class_name}")
     sampling = sampling_for(args.base, args.steps, args.guidance, args.resolution)
     encoders = encoders_for(args)
     dtype = getattr(torch, args.dtype or ("float16" if args.device.startswith("cuda") else "float32"))

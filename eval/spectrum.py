@@ -36,6 +36,7 @@ from . import energy
 from .constructions import PRIORS, Construction, constructions
 from .generation import claim
 from .plots import plot_spectrum
+from .prompts import check_all_read
 from .protocol import Subject, add_subject_arguments, find_subjects
 from .statistics import mean_and_error
 from .training import ADAPTER, Run, Session
@@ -69,6 +70,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.truth_steps < CHECK_EVERY:
         raise InputError(f"--truth_steps must be at least {CHECK_EVERY}, got {args.truth_steps}.")
     _, subjects = find_subjects(args)
+    for subject in subjects:
+        words = f"{args.token} {subject.class_name}"
+        check_all_read(args.base, [f"a photo of {words}"], words)
     n_frequency = args.n_frequency
     adapter = None
     if args.adapter:

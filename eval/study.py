@@ -59,7 +59,7 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
     for subject in development:
         if not subject.elsewhere and len(find_images(subject.photos)) < 2:
             raise InputError(f"{subject.photos}: a learning rate is chosen by a photo that is held out; give two.")
-    laboratory = open_laboratory(args)
+    laboratory = open_laboratory(args, [*development, *subjects])
     references = laboratory.make_references(args.output_dir, subjects if args.seeds else [])
 
     def trials_of(method: Method, rate: float) -> list[Trial]:

@@ -341,6 +341,14 @@ def test_a_rate_cannot_be_chosen_by_the_only_photo(tmp_path, capsys) -> None:
     assert "held out; give two" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["compare", "spectrum"])
+def test_a_subject_that_would_not_be_read_is_refused(tmp_path, capsys, command) -> None:
+    given = ["--output_dir", str(tmp_path), "--subjects", "mittens", "--token", "very " * 40 + "sks"]
+    assert main([command, *given]) == 2
+    assert "sks cat' at its end would not be read" in capsys.readouterr().err
+    assert not (tmp_path / "cells").exists()
+
+
 def test_subjects_of_dreambench_as_distributed(tmp_path, monkeypatch) -> None:
     for name in ("dog6", "rc_car", "unnamed"):
         write_photos("mittens", tmp_path / name)

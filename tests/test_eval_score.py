@@ -15,7 +15,7 @@ pytest.importorskip("open_clip")
 
 from eval.__main__ import main
 from eval.generation import image_path
-from eval.prompts import Prompt, read_classes, read_templates
+from eval.prompts import Prompt, check_all_read, read_classes, read_templates
 from eval.scores import Scores, contact_sheet, markdown
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
 from s2ft_diffusion.dreambooth.errors import InputError
@@ -168,6 +168,21 @@ def test_refuses_what_cannot_work(tmp_path, capsys, change, said, monkeypatch) -
     assert main([*arguments(tmp_path), *change, *encoders]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_prompts_whose_end_is_not_read(tmp_path, capsys, caplog) -> None:
+    """The base's text encoder reads 32 tokens: a subject behind them is refused, other words are warned of."""
+    options = arguments(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"a {'very ' * 40}good photo of {{0}} {{1}}\n")
+    assert main(options) == 2
+    assert "good photo of sks cat' at its end would not be read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "adapter").exists()
+    prompts.write_text("{0} {1} in the snow\n")
+    assert main([*options, "--token", "very " * 40 + "sks"]) == 2
+    check_all_read("toybox", ["sks cat " + "very " * 40 + "happy"], "sks cat")
+    (record,) = caplog.records
+    assert record.getMessage().endswith("happy' at its end would not be read.")
 
 
 def test_prompts_of_any_script_have_images_of_their_own(tmp_path) -> None:

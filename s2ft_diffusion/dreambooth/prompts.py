@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,22 +25,29 @@ def check_prompts(settings: Settings) -> None:
     Also for more tokens than a text encoder has places for. Only tokenizers and configs are read.
     """
     windows = read_windows(settings.base)
-    subject = set()
-    for flag, prompt in (
-        ("instance_prompt", settings.photos.prompt),
-        ("class_prompt", settings.classes.prompt if settings.classes else ""),
-        ("validation_prompt", settings.validation.prompt if settings.validation else ""),
-    ):
-        lost = lost_words(prompt, windows)
-        names = set(re.findall(r"\w+", prompt.lower()))
-        if flag == "instance_prompt":
-            subject = names - COMMON_WORDS
-        if not lost:
-            continue
-        said = f"--{flag} is too long for the base: {lost!r} at its end would not be read."
-        if subject & set(re.findall(r"\w+", lost.lower())):
-            raise InputError(f"{said} Shorten it, or put the subject first.")
-        logger.warning("%s", said)
+    check_read("--instance_prompt", settings.photos.prompt, words(settings.photos.prompt) - COMMON_WORDS, windows)
+    for flag, others in (("--class_prompt", settings.classes), ("--validation_prompt", settings.validation)):
+        if others:
+            check_read(flag, others.prompt, words(settings.photos.prompt) - COMMON_WORDS, windows)
+
+
+def check_read(what: str, prompt: str, subject: Collection[str], windows: list[tuple[Any, int]]) -> None:
+    """Raise InputError where a prompt's end that no text encoder reads has words of the subject; warn of other words.
+
+    `what` is what a message calls the prompt.
+    """
+    lost = lost_words(prompt, windows)
+    if not lost:
+        return
+    said = f"{what} is too long for the base: {lost!r} at its end would not be read."
+    if not words(lost).isdisjoint(subject):
+        raise InputError(f"{said} Shorten it, or put the subject first.")
+    logger.warning("%s", said)
+
+
+def words(prompt: str) -> set[str]:
+    """The words of a prompt, in lower case."""
+    return set(re.findall(r"\w+", prompt.lower()))
 
 
 COMMON_WORDS = frozenset("a an and at by for from in of on the to with photo picture image".split())
@@ -81,7 +88,7 @@ def lost_words(prompt: str, windows: list[tuple[Any, int]]) -> str:
     """The end of a prompt that no text encoder reads: what the widest window cuts off."""
     ends = []
     for tokenizer, window in windows:
-        tokens = tokenizer(prompt).input_ids
+        tokens = tokenizer(prompt, verbose=False).input_ids
         cut = tokens[window - 1 :] if len(tokens) > window else []  # the last place is that of the end's token
         ends.append(tokenizer.decode(cut, skip_special_tokens=True).strip())
     return min(ends, key=len, default="")
