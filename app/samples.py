@@ -14,7 +14,7 @@ from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS
 
 from .server import DEMO_ADAPTERS
 
-SUBJECTS = ("mittens", "salty")
+SUBJECTS = ("widget", "salty")
 
 
 def main() -> None:

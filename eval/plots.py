@@ -22,7 +22,7 @@ TITLES = {
     "dino": "DINO (higher is better)", "clip_i": "CLIP-I (higher is better)", "clip_t": "CLIP-T (higher is better)",
     "lpips": "LPIPS diversity (higher is more diverse)", "drift": "drift, LPIPS (lower is better)",
 }  # fmt: skip
-COLOURS = ("#2b303b", "#9aa0a6", "#4c566a", "#d08770", "#b48ead", "#88a36f", "#81a1c1", "#1f5fbf", "#c0392b")
+COLOURS = ("#2b303b", "#9aa0a6", "#4c566a", "#d08770", "#b48ead", "#88a36f", "#81a1c1", "#1f5fbf", "#6b4f9e", "#c0392b")
 SHEET_COLUMNS = 8
 
 

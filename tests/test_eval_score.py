@@ -22,7 +22,7 @@ from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.toybox.subjects import write_photos
 
 ROOT = Path(__file__).resolve().parents[1]
-ADAPTER = ROOT / "app" / "adapters" / "mittens.safetensors"
+ADAPTER = ROOT / "app" / "adapters" / "widget.safetensors"
 DREAMBENCH = ROOT.parent / "shared" / "dreambooth" / "prompts_and_classes.txt"
 
 
@@ -93,7 +93,7 @@ def test_the_real_dreambench_file() -> None:
 def arguments(folder: Path) -> list[str]:
     photos, prompts = folder / "photos", folder / "prompts.txt"
     if not photos.exists():
-        write_photos("mittens", photos)
+        write_photos("widget", photos)
         prompts.write_text("a photo of {0} {1} in the snow\na photo of {0} {1} on the beach\n")
     return [
         "score", "--adapter", str(ADAPTER), "--subject_dir", str(photos), "--prompts", str(prompts), "--steps", "2",
@@ -106,8 +106,8 @@ def test_scores_an_adapter_and_goes_on_where_it_stopped(tmp_path, capsys) -> Non
     assert main(arguments(tmp_path)) == 0
     out = tmp_path / "out"
     scores = json.loads((out / "scores.json").read_text())
-    assert list(scores["rows"]) == ["real photos", "mittens"]
-    row = scores["rows"]["mittens"]
+    assert list(scores["rows"]) == ["real photos", "widget"]
+    row = scores["rows"]["widget"]
     assert all(isinstance(value, float) for value in row.values())
     assert scores["rows"]["real photos"]["clip_t"] is None
     assert 0.5 < scores["rows"]["real photos"]["dino"] <= 1
@@ -121,7 +121,7 @@ def test_scores_an_adapter_and_goes_on_where_it_stopped(tmp_path, capsys) -> Non
     made = sorted((out / "adapter").rglob("*.png"))
     assert len(made) == 2 * 2 + 8 * 2
     times = {path: path.stat().st_mtime_ns for path in made}
-    lost = image_path(out / "adapter", "a photo of sks cat in the snow", 1)
+    lost = image_path(out / "adapter", "a photo of sks robot in the snow", 1)
     before = lost.read_bytes()
     lost.unlink()
     assert main(arguments(tmp_path)) == 0
