@@ -99,9 +99,9 @@ def draw_grid(
         ([f"base: {scenes[0]}", *scenes[1:]], base),
         ([f"adapter: {scenes[0]}", *scenes[1:]], adapted),
     ]
-    line, columns = 18, len(prompts)
+    line, columns = 16, len(prompts)
     sheet = Image.new("RGB", (columns * TILE, len(rows) * (TILE + line)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for row, (texts, images) in enumerate(rows):
         top = row * (TILE + line)
         for column, text in enumerate(texts):
