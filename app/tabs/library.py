@@ -57,6 +57,7 @@ class LibraryTab:
                 "", label="Search", placeholder="dog, toybox, …", scale=3, min_width=160, elem_id="search"
             )
             self.sort = gr.Radio(list(SORTS), value=SORTS[0], label="Sort", scale=4, min_width=260, elem_id="sort")
+            self.others = gr.Checkbox(False, label="Other bases' too", min_width=120, scale=1, elem_id="others")
             self.look = gr.Button("Refresh", min_width=90, scale=0, elem_id="refresh", elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
@@ -94,13 +95,15 @@ class LibraryTab:
         gr.api(polite(self.delete_adapter), api_name="delete_adapter", queue=False)
         gr.api(polite(self.rename_adapter), api_name="rename_adapter", queue=False)
         chosen = [self.about, self.use, self.download, self.export, self.exported, self.own, self.name]
-        looking = [polite(self.look_again), [self.words, self.sort], [self.tiles, *self.page.adapter_parts]]
+        asked = [self.words, self.sort, self.others]
+        looking = [polite(self.look_again), asked, [self.tiles, *self.page.adapter_parts]]
         for event in (self.look.click, self.words.submit, self.page.selected["library"].select, self.page.blocks.load):
             event(*looking, **PRIVATE, show_progress="hidden")
-        for event in (self.words.change, self.sort.input):  # a text that is pasted changes without an input
+        # A text that is pasted changes without an input.
+        for event in (self.words.change, self.sort.input, self.others.input):
             event(
-                polite(lambda words, sort: gr.update(choices=self.tiles_for(words, sort))),
-                [self.words, self.sort],
+                polite(lambda *asked: gr.update(choices=self.tiles_for(*asked))),
+                asked,
                 self.tiles,
                 trigger_mode="always_last",
                 **QUIET,
@@ -221,16 +224,16 @@ class LibraryTab:
 
     # What the page shows
 
-    def tiles_for(self, words: str, sort: str) -> list[dict[str, str]]:
-        """The tiles of what a search finds."""
+    def tiles_for(self, words: str, sort: str, others: bool = False) -> list[dict[str, str]]:
+        """The tiles of what a search finds, of adapters for other bases only if they are asked for."""
         found = self.app.library.search(limits.text("The search", words, 200), sort)
         labels = self.app.library.labels()
-        return [tile(entry, labels[entry.id]) for entry in found]
+        return [tile(entry, labels[entry.id]) for entry in found if others or not entry.foreign]
 
-    def look_again(self, words: str = "", sort: str = SORTS[0]) -> list[Any]:
+    def look_again(self, words: str = "", sort: str = SORTS[0], others: bool = False) -> list[Any]:
         """The library as it is now, for every place that shows it."""
         self.app.library.refresh()
-        return [gr.update(choices=self.tiles_for(words, sort)), *self.page.new_choices()]
+        return [gr.update(choices=self.tiles_for(words, sort, others)), *self.page.new_choices()]
 
     def show(self, adapter: str) -> tuple[Any, ...]:
         """What is beside the tiles: words, and buttons that can act."""

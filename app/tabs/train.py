@@ -133,7 +133,7 @@ class TrainTab:
         library = self.page.library
         self.adapter.change(  # a training has ended: its adapter is in the library
             polite(library.look_again),
-            [library.words, library.sort],
+            [library.words, library.sort, library.others],
             [library.tiles, *self.page.adapter_parts],
             **quiet,
         )
