@@ -74,6 +74,13 @@ CSS = """
 .menu select {width: 100%; padding: 9px; border-radius: 6px; border: 1px solid var(--input-border-color);
   background: var(--input-background-fill); color: var(--body-text-color)}
 #sheet .icon-button-wrapper {top: auto !important; bottom: 6px !important}
+:is(#about, #image-settings) thead {display: none}
+:is(#about, #image-settings) table {border: 0 !important; width: 100%}
+:is(#about, #image-settings) td {border: 0 !important; border-top: 1px solid var(--border-color-primary) !important;
+  padding: 5px 4px !important}
+:is(#about, #image-settings) td:first-child {color: var(--body-text-color-subdued); white-space: nowrap; width: 1%}
+:is(#restore, #upload) .icon-wrap {display: none}
+#others {align-self: flex-end}
 #stage.dropping #restore {outline: 3px dashed var(--primary-500)}
 
 @media (max-width: 720px) {
