@@ -1,9 +1,11 @@
 # make demo: train on a toybox subject and look at the result.   make test: lint and run the tests, in minutes.
-# make test-all: the slow tests, too.   make docs: build the documentation into site/.
+# make test-all: the slow tests, too, some of which want a Chromium and npm.   make docs: build the documentation into site/.
 # All set up .venv first; someone who has an environment uses it with VENV=path.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.s2ft-installed
+
+AXE := node_modules/axe-core/axe.min.js
 
 PYTEST := $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
@@ -28,7 +30,7 @@ lint: $(STAMP)
 test: lint
 	$(PYTEST) -m "not slow"
 
-test-slow: $(STAMP)
+test-slow: $(STAMP) $(AXE)
 	$(PYTEST) -m slow
 
 test-all: test test-slow
@@ -36,6 +38,10 @@ test-all: test test-slow
 docs: $(STAMP)
 	$(PYTHON) -m pip install --quiet --editable ".[docs]"
 	$(PYTHON) -m mkdocs build --strict
+
+# The rules that the app's pages are looked at by; without npm or a Chromium those tests skip.
+$(AXE):
+	command -v npm > /dev/null && npm install --silent --no-save axe-core || echo "npm is not here: no accessibility tests"
 
 format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .

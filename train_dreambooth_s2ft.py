@@ -31,6 +31,7 @@ from s2ft_diffusion.dreambooth.batches import (
     estimate_draws,
     training_batches,
 )
+from s2ft_diffusion.dreambooth.captions import read_captions
 from s2ft_diffusion.dreambooth.checkpoints import (
     ADAPTER,
     Checkpoints,
@@ -74,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = {**settings.flags, "images": fingerprints(photo_paths)}
     resume_path = prepare_output_dir(settings.output_dir, settings.checkpoints, flags)
     plan = plan_base(settings.base, settings.adapter, settings.photos.resolution, settings.seed, settings.loss)
-    check_prompts(settings)
+    captions = read_captions(photo_paths, settings.photos.prompt)
+    check_prompts(settings, captions)
     accelerator = make_accelerator(settings)
     main_process = accelerator.is_main_process
     processes = accelerator.num_processes, accelerator.process_index
@@ -100,18 +102,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(f"left out, since they cannot reach the output: {', '.join(plan.left_out)}")
 
     photos = settings.photos
-    sets = [pictures("instance", photo_paths, photos.prompt, 1.0, photos, plan, base, settings.seed)]
+    sets = [pictures("instance", photo_paths, captions, 1.0, photos, plan, base, settings.seed)]
     if classes := settings.classes:
         with phases("class images") as say:
             made = ensure_class_images(classes, plan, settings.seed, accelerator)
             paths = class_image_paths(classes.folder, classes.count)
-            sets.append(pictures("class", paths, classes.prompt, classes.weight, photos, plan, base, settings.seed))
+            words = [classes.prompt] * len(paths)
+            sets.append(pictures("class", paths, words, classes.weight, photos, plan, base, settings.seed))
             say(f"{made} generated, {len(paths)} in use")
     cached = [each.source.keep_all((False, True) if photos.random_flip else (False,)) for each in sets]
     prompts = Prompts(base, live=settings.adapter.train_text_encoder)
     if not prompts.live:
-        for each in sets:
-            prompts(each.prompt)
+        for prompt in (prompt for each in sets for prompt in each.prompts):
+            prompts(prompt)
     base.free(autoencoder=all(cached), text_encoders=not prompts.live)
 
     add_adapters(components, plan, settings.compute)
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags |= {"estimate_draws": draws}
     if resume_path is None:  # else order and positions are the checkpoint's
         with phases("estimate") as say:
-            batches = estimate_batches(settings.estimate, layout, sets[0].stream, sets[0].source, photos.prompt)
+            batches = estimate_batches(settings.estimate, layout, sets[0].stream, sets[0].source, captions)
             prior = estimate(settings.estimate, components, loss, batches, accelerator)
             say(f"{settings.estimate.kind}, {draws} draws of {len(photo_paths)} images")
         with phases("rearrange") as say:
@@ -187,7 +190,7 @@ def check_images(settings: Settings) -> list[Path]:
 def pictures(
     name: str,
     paths: list[Path],
-    prompt: str,
+    prompts: Sequence[str],
     weight: float,
     photos: PhotoSettings,
     plan: BasePlan,
@@ -197,7 +200,7 @@ def pictures(
     """Images to train on, with their latents and draws; all are cropped and mirrored as the photos are."""
     source = LatentSource(SquareImages(paths, plan.resolution, center_crop=photos.center_crop), base)
     stream = DrawStream(name, seed, len(source), plan.latent_shape, random_flip=photos.random_flip)
-    return Pictures(source, stream, prompt, weight)
+    return Pictures(source, stream, prompts, weight)
 
 
 def add_adapters(components: dict[str, nn.Module], plan: BasePlan, settings: ComputeSettings) -> None:

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--base",
         default="toybox",
-        help="hub id or folder of a Stable Diffusion, or 'toybox' or 'toybox-flow', the embedded ones",
+        help="hub id or folder of a base of any known family, or 'toybox' or 'toybox-flow', the embedded ones",
     )
     add("--adapters", nargs="*", default=[], help="folders, files and hub ids of adapters")
     add("--outputs", type=Path, default=ROOT / "outputs" / "app", help="where images, uploads and trainings are kept")

@@ -35,7 +35,7 @@ from s2ft_diffusion.families import FAMILIES, Family, Sampling
 from s2ft_diffusion.pipelines.attach import adaptable_components
 
 from . import limits
-from .library import Entry, Library, plain
+from .library import Entry, Library, base_name, plain
 from .limits import RequestError
 from .previews import ColourMap
 
@@ -174,6 +174,10 @@ class Engine:
         self.scheduler_class, self.scheduler_config = type(first.scheduler), dict(first.scheduler.config)
         self._windows, self._counting = read_windows(BaseSettings(base)), threading.Lock()
         self.components: Mapping[str, torch.nn.Module] = adaptable_components(first)
+        models = [model for model in first.components.values() if isinstance(model, torch.nn.Module)]
+        self.weights_bytes = sum(
+            tensor.nbytes for model in models for tensor in (*model.parameters(), *model.buffers())
+        )
 
     def _load(self, pipelines: int) -> DiffusionPipeline:
         first = load_base(self.base, self.device, self.dtype)
@@ -281,7 +285,8 @@ class Engine:
             "s2ft": settings.to_json(),
             "parameters": f"{settings.prompt}{negative}\nSteps: {settings.steps}, Sampler: {settings.scheduler}, "
             f"CFG scale: {settings.guidance:g}, Seed: {settings.seed}, Size: {image.width}x{image.height}, "
-            f"Model: {self.base.rstrip('/').rsplit('/', 1)[-1]}{mixed}",
+            f"Model: {base_name(self.base)}{mixed}",
+            "s2ft_base": base_name(self.base),
         }
         return image
 

@@ -58,16 +58,29 @@ CSS = """
 #preview:not(:has(img)) {display: none}
 #preview img {width: 100%; height: 100%; object-fit: contain}
 #canvas:has(#results img) #preview {inset: auto 10px 10px auto; width: 34%; height: 34%}
-#tokens, #status, #compare-status {padding: 0 2px !important; margin-top: -10px}
-#tokens .html-container, #status .html-container, #compare-status .html-container, .bare .html-container {padding: 0}
+#tokens, #status, #compare-status, #exported {padding: 0 2px !important; margin-top: -10px}
+:is(#tokens, #status, #compare-status, #exported, .bare) .html-container {padding: 0}
 .line {min-height: 1.6em; font-size: 0.95rem; color: var(--body-text-color); overflow-wrap: anywhere}
 .line.small {font-size: 0.8rem; min-height: 1.3em; color: var(--body-text-color-subdued)}
 .line.warns, .line.warns.small {color: #b42318}
 .dark .line.warns, .dark .line.warns.small {color: #fda29b}
+.photos {display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 8px}
+.photos label {display: flex; gap: 8px; align-items: center}
+.photos img {width: 56px; height: 56px; object-fit: cover; border-radius: 5px}
+.photos input {flex: 1; min-width: 0; padding: 8px; border-radius: 6px; border: 1px solid var(--input-border-color);
+  background: var(--input-background-fill); color: var(--body-text-color)}
+.photos input::placeholder {color: var(--input-placeholder-color); opacity: 1}
 .menu span {display: block; font-size: var(--block-label-text-size); padding-bottom: 4px}
 .menu select {width: 100%; padding: 9px; border-radius: 6px; border: 1px solid var(--input-border-color);
   background: var(--input-background-fill); color: var(--body-text-color)}
 #sheet .icon-button-wrapper {top: auto !important; bottom: 6px !important}
+:is(#about, #image-settings) thead {display: none}
+:is(#about, #image-settings) table {border: 0 !important; width: 100%}
+:is(#about, #image-settings) td {border: 0 !important; border-top: 1px solid var(--border-color-primary) !important;
+  padding: 5px 4px !important}
+:is(#about, #image-settings) td:first-child {color: var(--body-text-color-subdued); white-space: nowrap; width: 1%}
+:is(#restore, #upload) .icon-wrap {display: none}
+#others {align-self: flex-end}
 #stage.dropping #restore {outline: 3px dashed var(--primary-500)}
 
 @media (max-width: 720px) {
@@ -144,6 +157,31 @@ watch('value', () => {list.value = props.value;});
 show();
 """
 
+PHOTOS_TEMPLATE = '<div class="photos"></div>'
+
+# A row for each photo: what it looks like, and a field for words of its own. Its value is the list of words.
+PHOTOS_JS = """
+const all = element.querySelector('.photos');
+function show() {
+  const before = new Map([...all.children].map(row => [row.dataset.name, row.querySelector('input').value]));
+  all.replaceChildren(...(props.choices || []).map((photo, number) => {
+    const row = document.createElement('label'), picture = document.createElement('img');
+    const words = document.createElement('input');
+    row.dataset.name = photo.name;
+    Object.assign(picture, {src: photo.picture, alt: ''});
+    Object.assign(words, {type: 'text', maxLength: LENGTH, placeholder: 'on a beach',
+                          ariaLabel: `What else photo ${number + 1} shows`, value: before.get(photo.name) || ''});
+    row.append(picture, words);
+    return row;
+  }));
+  keep();
+}
+function keep() {props.value = [...all.querySelectorAll('input')].map(input => input.value);}
+all.addEventListener('input', keep);
+watch('choices', show);
+show();
+"""
+
 LINE_TEMPLATE = '<div class="line" role="status"></div>'
 
 # One line of text; what begins with "!" is a warning.
@@ -164,6 +202,9 @@ window.s2ft = {
   reveal(selector) {  // on a narrow page what was asked for may be above or below what is seen
     if (innerWidth <= 720)
       setTimeout(() => document.querySelector(selector)?.scrollIntoView({block: 'nearest', behavior: 'smooth'}), 100);
+  },
+  press(selector) {  // once the button's file is there
+    setTimeout(() => document.querySelector(selector)?.closest('a, button')?.click(), 200);
   },
   start(random, seed, status) {
     const go = document.querySelector('#generate');

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from .engine import Settings
+from .library import base_name
 from .limits import RequestError
 
 LATEST = 60
@@ -20,10 +21,17 @@ MARK = ".favourite"
 
 def user_folder(folder: Path, user: str | None) -> Path:
     """A folder of a user's own; without a login, everyone shares one."""
-    if not user:
-        return folder / "everyone"
-    name = re.sub(r"[^A-Za-z0-9]", "-", user)[:40]
-    return folder / f"{name}-{hashlib.sha256(user.encode()).hexdigest()[:8]}"
+    return folder / (folder_name(user, user) if user else "everyone")
+
+
+def base_folder(folder: Path, base: str) -> Path:
+    """A folder of a base's own images."""
+    return folder / folder_name(base_name(base), base)
+
+
+def folder_name(words: str, whole: str) -> str:
+    """A name that any file system takes: letters to read, and a hash that tells apart what they do not."""
+    return f"{re.sub('[^A-Za-z0-9]', '-', words)[:40]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 class History:

@@ -44,7 +44,10 @@ SORTS = ("newest", "name", "smallest", "fewest numbers")
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapter; `reason` says why it cannot be used, where it cannot, `warning` what is odd about it."""
+    """One adapter; `reason` says why it cannot be used, where it cannot, `warning` what is odd about it.
+
+    `foreign`: it was made for another base, and does not fit this one.
+    """
 
     id: str
     name: str
@@ -55,6 +58,7 @@ class Entry:
     trainable: int = 0
     reason: str | None = None
     warning: str | None = None
+    foreign: bool = False
 
     @property
     def state(self) -> tuple[str, int, float]:
@@ -185,7 +189,10 @@ class Library:
         )
         warning = None if reason else self._other_base(info)
         name = info.subject or label
-        return Entry(**facts, name=name, info=info, trainable=header.trainable, reason=reason, warning=warning)
+        foreign = reason is not None and self._is_other(info)
+        return Entry(
+            **facts, name=name, info=info, trainable=header.trainable, reason=reason, warning=warning, foreign=foreign
+        )
 
     def _does_not_fit(self, info: AdapterInfo) -> str:
         """Why an adapter with other layers than the base has cannot be used."""
@@ -194,9 +201,13 @@ class Library:
             return f"it does not fit {made_for}, although it says that it was made for it"
         return f"it was made for {made_for} and does not fit {base_name(self.base) or 'this one'}"
 
+    def _is_other(self, info: AdapterInfo) -> bool:
+        """Whether an adapter says that it was made for another base."""
+        return bool(self.base and info.base_model) and base_name(info.base_model) != base_name(self.base)
+
     def _other_base(self, info: AdapterInfo) -> str | None:
         """What to say of an adapter that fits, but was trained on another base."""
-        if not self.base or not info.base_model or base_name(info.base_model) == base_name(self.base):
+        if not self._is_other(info):
             return None
         return f"made for {base_name(info.base_model)}: it fits, but may not show its subject here"
 

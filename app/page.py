@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from typing import Any
 
@@ -10,7 +11,9 @@ from gradio.events import Dependency
 
 from . import limits
 from .app import NONE, App
+from .engine import Engine
 from .errors import polite
+from .library import base_name
 from .tabs.compare import CompareTab
 from .tabs.generate import GenerateTab
 from .tabs.history import HistoryTab
@@ -45,6 +48,13 @@ def theme() -> gr.themes.Base:
     )
 
 
+def weights_words(engine: Engine) -> str:
+    """How much memory the base's weights take, and where."""
+    size = engine.weights_bytes
+    words = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return f"{words} of weights on the {'CPU' if engine.device == 'cpu' else 'GPU'}"
+
+
 class Page:
     """Builds the page; components that several tabs touch are attributes."""
 
@@ -63,11 +73,8 @@ class Page:
         if self.app.trainings is None:
             del tabs["train"]
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400)) as self.blocks:
-            gr.HTML(
-                f"<h1>{TITLE}</h1><p>Adapters of about a megabyte on "
-                f"<b>{self.app.engine.base.rstrip('/').rsplit('/', 1)[-1]}</b>.</p>",
-                elem_id="masthead",
-            )
+            base = html.escape(base_name(self.app.engine.base))
+            gr.HTML(f"<h1>{TITLE}</h1><p>on <b>{base}</b>, {weights_words(self.app.engine)}</p>", elem_id="masthead")
             with gr.Tabs() as self.tabs:
                 self.selected: dict[str, gr.Tab] = {}
                 for name, kind in tabs.items():

@@ -12,11 +12,13 @@ from pathlib import Path
 import gradio as gr
 from filelock import FileLock, Timeout
 
+from s2ft_diffusion import toybox
+
 from .app import App
 from .arguments import ROOT
 from .engine import Engine
 from .frontend import CSS, HEAD_JS, PAGE_CSS
-from .history import History
+from .history import History, base_folder
 from .library import Library
 from .page import Page, theme
 from .training import TrainingQueue
@@ -38,7 +40,7 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, App]:
         raise OSError(f"another app is using {outputs}; choose another --outputs.") from None
     engine = Engine(args.base, device=args.device, dtype=args.dtype, pipelines=args.concurrency)
     sources = list(args.adapters)
-    if not sources and args.base == "toybox":
+    if not sources and toybox.is_embedded(args.base):
         sources = [str(folder) for folder in (MADE_BY_DEMO, DEMO_ADAPTERS) if folder.is_dir()]
     library = Library(sources, outputs / "adapters", engine.components, args.base)
     trainings = None
@@ -46,7 +48,7 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, App]:
         trainings = TrainingQueue(
             outputs / "trainings", args.base, lambda path: library.add(path).id, device=args.device
         )
-    app = App(engine, library, History(outputs / "history"), trainings, lock)
+    app = App(engine, library, History(base_folder(outputs / "history", args.base)), trainings, lock)
     blocks = Page(app, concurrency=args.concurrency).build()
     blocks.queue(max_size=args.max_queue, default_concurrency_limit=8)
     # Gradio looks for waiting events a thousand times a second (on Windows: twenty times). On a CPU each look takes a

@@ -26,6 +26,7 @@ import psutil
 from PIL import Image
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME
+from s2ft_diffusion.dreambooth.captions import caption_path
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import load_image
@@ -75,8 +76,16 @@ class Progress:
     samples: list[Path] = field(default_factory=list)
 
 
-def store_photos(paths: Sequence[Path], folder: Path) -> int:
-    """Check uploaded photos and write them again as PNGs named by us; raises RequestError, and writes nothing then."""
+def instance_prompt(class_name: str) -> str:
+    """What a subject is trained on."""
+    return f"a photo of sks {class_name}"
+
+
+def store_photos(paths: Sequence[Path], folder: Path, captions: Sequence[str] = ()) -> int:
+    """Check uploaded photos and write them again as PNGs named by us, with what captions there are beside them.
+
+    Raises RequestError, and writes nothing then.
+    """
     low, high = limits.PHOTOS
     if not low <= len(paths) <= high:
         raise RequestError(f"{low} to {high} photos are needed, got {len(paths)}.")
@@ -94,7 +103,10 @@ def store_photos(paths: Sequence[Path], folder: Path) -> int:
             raise RequestError(f"Photo {number} is not an image that can be read.") from None
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
-        image.save(folder / f"{number:02d}.png")
+        path = folder / f"{number:02d}.png"
+        image.save(path)
+        if number < len(captions) and captions[number]:
+            caption_path(path).write_text(captions[number], encoding="utf-8")
     return len(images)
 
 
@@ -113,9 +125,19 @@ class TrainingQueue:
         self._thread.start()
 
     def submit(
-        self, photos: Sequence[Path], subject: Any, class_name: Any, steps: Any, n_frequency: Any, user: str | None
+        self,
+        photos: Sequence[Path],
+        subject: Any,
+        class_name: Any,
+        steps: Any,
+        n_frequency: Any,
+        user: str | None,
+        captions: Any = (),
     ) -> Job:
-        """Queue a training; raises RequestError for input that cannot work."""
+        """Queue a training; raises RequestError for input that cannot work.
+
+        `captions`: words that follow the prompt, one for each photo or "", or none at all.
+        """
         name = secrets.token_hex(6)
         job = Job(
             id=name,
@@ -125,10 +147,14 @@ class TrainingQueue:
             n_frequency=limits.whole("The numbers a layer", n_frequency, limits.TRAIN_NUMBERS),
             user=user,
         )
+        if not isinstance(captions, Sequence) or isinstance(captions, str) or len(captions) not in (0, len(photos)):
+            raise RequestError(f"Captions must be a list with one for each of the {len(photos)} photos.")
+        words = [limits.text("A caption", caption, limits.CAPTION_LENGTH) for caption in captions]
         unfinished = [other.user for other in list(self.jobs.values()) if other.state in UNFINISHED]
         if len(unfinished) >= limits.TRAININGS or (user and unfinished.count(user) >= limits.USER_TRAININGS):
             raise RequestError("There are too many trainings waiting already; try again when one has ended.")
-        store_photos(photos, self.folder / name / "photos")
+        prompts = [f"{instance_prompt(job.class_name)} {word}" if word else "" for word in words]
+        store_photos(photos, self.folder / name / "photos", prompts)
         with self._wake:
             self._save(job)
             self.jobs[name] = job
@@ -220,7 +246,7 @@ class TrainingQueue:
         folder = self.folder / job.id
         photos, output = folder / "photos", folder / "out"
         begun = ("--resume_from_checkpoint", "latest") if list_checkpoints(output) else ("--overwrite_output_dir",)
-        prompt = f"a photo of sks {job.class_name}"
+        prompt = instance_prompt(job.class_name)
         command = [
             sys.executable, str(TRAINER),
             "--pretrained_model_name_or_path", self.base,
@@ -231,7 +257,7 @@ class TrainingQueue:
             "--max_train_steps", str(job.steps),
             "--n_frequency", str(job.n_frequency),
             "--validation_prompt", prompt, "--num_validation_images", "2",
-            "--validation_epochs", str(math.ceil(job.steps / (4 * len(list(photos.iterdir()))))),
+            "--validation_epochs", str(math.ceil(job.steps / (4 * len(list(photos.glob("*.png")))))),
             "--adapter_dtype", "float16",
             "--report_to", "none",
         ]  # fmt: skip

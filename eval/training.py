@@ -123,7 +123,8 @@ class Session:
             kept = self.run.priors / name
             if kept.exists():
                 return load_file(kept)
-        batches = estimate_batches(settings, self.layout, self.stream, self.source, self.run.instance_prompt)
+        prompts = [self.run.instance_prompt] * len(self.source)
+        batches = estimate_batches(settings, self.layout, self.stream, self.source, prompts)
         prior = estimate_prior(self.denoiser, self.loss, batches, estimate=settings.kind)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from s2ft_diffusion.dreambooth.arguments import parse_arguments
-from s2ft_diffusion.dreambooth.batches import Layout, estimate_draws
+from s2ft_diffusion.dreambooth.batches import Layout, Pictures, estimate_batches, estimate_draws
+from s2ft_diffusion.dreambooth.captions import read_captions
 from s2ft_diffusion.dreambooth.draws import DrawStream, process_slots, replayed
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.images import SquareImages, find_images, load_image
+from s2ft_diffusion.dreambooth.images import SquareImages, find_images, fingerprints, load_image
+from s2ft_diffusion.dreambooth.settings import EstimateSettings
 
 
 def half_and_half(mode: str = "RGB") -> Image.Image:
@@ -116,6 +118,32 @@ def test_hidden_files_and_folders_are_ignored_with_a_line(tmp_path, caplog) -> N
     with caplog.at_level(logging.INFO):
         assert [p.name for p in find_images(tmp_path)] == ["a.png"]
     assert ".DS_Store, more" in caplog.text
+
+
+def test_captions_are_the_text_files_of_photos(tmp_path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        half_and_half().save(tmp_path / name)
+    before = fingerprints(find_images(tmp_path))
+    (tmp_path / "b.txt").write_text("a photo of sks dog\non a beach\n")
+    (tmp_path / "c.txt").write_text(" ")
+    photos = find_images(tmp_path)
+    assert [path.name for path in photos] == ["a.png", "b.png", "c.png"]
+    assert read_captions(photos, "a dog") == ["a dog", "a photo of sks dog on a beach", "a dog"]
+    assert fingerprints(photos) != before  # a run is not resumed on other words
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"b\.txt: a caption that cannot be read as UTF-8"):
+        read_captions(photos, "a dog")
+
+
+def test_each_image_has_its_own_prompt(tmp_path) -> None:
+    stream = DrawStream("x", 0, 3, (1, 2, 2), random_flip=False)
+    prompts = ["zero", "one", "two"]
+    for number in range(6):
+        draw, _, prompt, _ = Pictures(None, stream, prompts).sample(number)
+        assert prompt == prompts[draw.image]
+    settings = EstimateSettings("gradient", draws=2)
+    for ((draw, _, prompt, _),) in estimate_batches(settings, Layout(10), stream, range(3), prompts):
+        assert prompt == prompts[draw.image]
 
 
 def test_bad_files_are_named(tmp_path) -> None:

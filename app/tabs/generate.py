@@ -16,7 +16,9 @@ from ..app import NONE, user_of
 from ..engine import Listener, Settings
 from ..errors import polite
 from ..history import load_png, settings_of
+from ..library import base_name
 from ..limits import RequestError
+from ..words import shown
 from .parts import line
 
 if TYPE_CHECKING:
@@ -289,12 +291,18 @@ class GenerateTab:
     def restore(self, file: str) -> tuple[Any, ...]:
         """The settings of a PNG that was made here, into the controls."""
         try:
-            settings = settings_of(load_png(Path(file)))
+            image = load_png(Path(file))
+            settings = settings_of(image)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             said = str(error) if isinstance(error, RequestError) else "This is not a PNG that can be read."
             raise RequestError(said) from None
+        base = base_name(self.app.engine.base)
+        made_on = str(image.info.get("s2ft_base", base))
         lost = [adapter for adapter, _ in settings.adapters if adapter not in self.app.library.labels()]
-        words = "!its adapter is not here any more" if lost else "these are the settings of that picture"
+        if made_on != base:
+            words = f"!that picture was made on {shown(made_on)}: on {base} it will be another one"
+        else:
+            words = "!its adapter is not here any more" if lost else "these are the settings of that picture"
         return *self.filled(json.loads(settings.to_json())), False, words, None
 
     def from_address(self, query: dict[str, str]) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,11 @@ import gradio as gr
 from .. import limits
 from ..app import NONE
 from ..errors import polite
+from ..exports import TOOLS, export
 from ..library import SORTS, Entry
 from ..limits import RequestError
 from ..words import escaped, shown
-from .parts import tile, tiles
+from .parts import line, tile, tiles
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -55,6 +57,7 @@ class LibraryTab:
                 "", label="Search", placeholder="dog, toybox, …", scale=3, min_width=160, elem_id="search"
             )
             self.sort = gr.Radio(list(SORTS), value=SORTS[0], label="Sort", scale=4, min_width=260, elem_id="sort")
+            self.others = gr.Checkbox(False, label="Other bases' too", min_width=120, scale=1, elem_id="others")
             self.look = gr.Button("Refresh", min_width=90, scale=0, elem_id="refresh", elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
@@ -72,6 +75,17 @@ class LibraryTab:
                     self.remove = gr.Button(
                         "Delete", variant="stop", min_width=80, scale=0, elem_id="delete", elem_classes="beside"
                     )
+                with gr.Accordion("For other tools, or two in one", open=False, elem_id="export-part"):
+                    self.tool = gr.Radio(list(TOOLS), value=next(iter(TOOLS)), label="As a LoRA for", elem_id="tool")
+                    self.second = self.page.adapter_tiles("Merge with", elem_id="merged")
+                    with gr.Row():
+                        self.strength = gr.Slider(*limits.STRENGTH, value=1.0, step=0.05, label="Strength kept")
+                        self.second_strength = gr.Slider(
+                            *limits.STRENGTH, value=1.0, step=0.05, label="Strength of the other"
+                        )
+                    self.export = gr.Button("Export", interactive=False, elem_id="export")
+                    self.exported = line(elem_id="exported")
+                    self.file = gr.DownloadButton("File", visible="hidden", elem_id="export-file")
                 self.upload = gr.File(
                     label="Upload a .safetensors adapter", file_types=[".safetensors"], height=120, elem_id="upload"
                 )
@@ -80,14 +94,16 @@ class LibraryTab:
         gr.api(polite(self.list_adapters), api_name="list_adapters", queue=False)
         gr.api(polite(self.delete_adapter), api_name="delete_adapter", queue=False)
         gr.api(polite(self.rename_adapter), api_name="rename_adapter", queue=False)
-        chosen = [self.about, self.use, self.download, self.own, self.name]
-        looking = [polite(self.look_again), [self.words, self.sort], [self.tiles, *self.page.adapter_parts]]
+        chosen = [self.about, self.use, self.download, self.export, self.exported, self.own, self.name]
+        asked = [self.words, self.sort, self.others]
+        looking = [polite(self.look_again), asked, [self.tiles, *self.page.adapter_parts]]
         for event in (self.look.click, self.words.submit, self.page.selected["library"].select, self.page.blocks.load):
             event(*looking, **PRIVATE, show_progress="hidden")
-        for event in (self.words.change, self.sort.input):  # a text that is pasted changes without an input
+        # A text that is pasted changes without an input.
+        for event in (self.words.change, self.sort.input, self.others.input):
             event(
-                polite(lambda words, sort: gr.update(choices=self.tiles_for(words, sort))),
-                [self.words, self.sort],
+                polite(lambda *asked: gr.update(choices=self.tiles_for(*asked))),
+                asked,
                 self.tiles,
                 trigger_mode="always_last",
                 **QUIET,
@@ -106,6 +122,20 @@ class LibraryTab:
             js=f"adapter => confirm('{question}') ? adapter : ''",
             **PRIVATE,
         ).success(*looking, **PRIVATE).then(polite(self.show), self.tiles, chosen, **QUIET)
+        self.export.click(
+            lambda: ("converting …", gr.update(interactive=False)), None, [self.exported, self.export], **QUIET
+        )
+        exporting = self.export.click(
+            polite(self.export_adapter, lambda message: (gr.skip(), f"failed: {message}")),
+            [self.tiles, self.tool, self.strength, self.second, self.second_strength],
+            [self.file, self.exported],
+            api_name="export_adapter",
+            show_progress="hidden",
+            concurrency_limit=1,
+        )
+        exporting.success(None, None, None, js="() => window.s2ft.press('#export-file')", **QUIET)
+        for end in (exporting.then, exporting.failure):
+            end(lambda: gr.update(interactive=True), None, self.export, **QUIET)
         record, adapter, path = gr.JSON(visible=False), gr.Textbox("", visible=False), gr.File(visible=False)
         self.upload.upload(polite(self.upload_adapter), self.upload, record, api_name="upload_adapter").success(
             *looking, **PRIVATE
@@ -154,6 +184,26 @@ class LibraryTab:
             self._copies[entry.state] = str(shutil.copyfile(entry.path, folder / name))
         return self._copies[entry.state]
 
+    def export_adapter(
+        self, adapter: str, tool: str, strength: float = 1.0, second_adapter: str = NONE, second_strength: float = 1.0
+    ) -> Iterator[tuple[str, str]]:
+        """An adapter as a LoRA for another tool, or two merged into one; its file, and what it is in words.
+
+        Args:
+            adapter: its id.
+            tool: "ComfyUI", "A1111, Forge" or "diffusers".
+            strength: 0 to 1.5: what its weight change is multiplied by.
+            second_adapter: id of an adapter to merge with, or "".
+            second_strength: 0 to 1.5.
+        """
+        wanted = [(adapter, strength), *([(second_adapter, second_strength)] if second_adapter else [])]
+        if len({name for name, _ in wanted}) < len(wanted):
+            raise RequestError("The two adapters are the same one; choose another to merge with.")
+        parts = [(self.app.library.get(name), limits.number("A strength", s, limits.STRENGTH)) for name, s in wanted]
+        name = "-".join(self.app.file_name(name) for name, _ in wanted)
+        path, words = export(parts, tool, self.app.engine.base, self.app.downloads, name)
+        yield str(path), words
+
     def delete_adapter(self, adapter: str) -> str:
         """Delete an adapter that was uploaded or trained here.
 
@@ -174,28 +224,30 @@ class LibraryTab:
 
     # What the page shows
 
-    def tiles_for(self, words: str, sort: str) -> list[dict[str, str]]:
-        """The tiles of what a search finds."""
+    def tiles_for(self, words: str, sort: str, others: bool = False) -> list[dict[str, str]]:
+        """The tiles of what a search finds, of adapters for other bases only if they are asked for."""
         found = self.app.library.search(limits.text("The search", words, 200), sort)
         labels = self.app.library.labels()
-        return [tile(entry, labels[entry.id]) for entry in found]
+        return [tile(entry, labels[entry.id]) for entry in found if others or not entry.foreign]
 
-    def look_again(self, words: str = "", sort: str = SORTS[0]) -> list[Any]:
+    def look_again(self, words: str = "", sort: str = SORTS[0], others: bool = False) -> list[Any]:
         """The library as it is now, for every place that shows it."""
         self.app.library.refresh()
-        return [gr.update(choices=self.tiles_for(words, sort)), *self.page.new_choices()]
+        return [gr.update(choices=self.tiles_for(words, sort, others)), *self.page.new_choices()]
 
     def show(self, adapter: str) -> tuple[Any, ...]:
         """What is beside the tiles: words, and buttons that can act."""
         entry = next((entry for entry in self.app.library.search() if entry.id == adapter), None)
         if entry is None:
             off = gr.update(interactive=False)
-            return NOTHING, off, gr.update(interactive=False, value=None), gr.update(visible=False), ""
+            return NOTHING, off, gr.update(interactive=False, value=None), off, "", gr.update(visible=False), ""
         usable = entry.reason is None
         return (
             details(entry, self.app.library.labels()[entry.id]),
             gr.update(interactive=usable),
             gr.update(interactive=usable, value=self.download_adapter(adapter) if usable else None),
+            gr.update(interactive=usable),
+            "",
             gr.update(visible=self.app.library.own(entry)),
             entry.name,
         )

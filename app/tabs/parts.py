@@ -1,4 +1,4 @@
-"""Parts that Gradio does not have, made of its HTML component: tiles to choose from, a menu, and a line of text."""
+"""Parts that Gradio does not have, made of its HTML component: tiles, photos with words, a menu, a line of text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ from functools import lru_cache
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from ..app import NONE
-from ..frontend import LINE_JS, LINE_TEMPLATE, MENU_JS, MENU_TEMPLATE, TILES_JS, TILES_TEMPLATE
+from ..frontend import (
+    LINE_JS,
+    LINE_TEMPLATE,
+    MENU_JS,
+    MENU_TEMPLATE,
+    PHOTOS_JS,
+    PHOTOS_TEMPLATE,
+    TILES_JS,
+    TILES_TEMPLATE,
+)
 from ..library import Entry
 
 PICTURE = 128  # pixels
@@ -55,11 +65,32 @@ def tile(entry: Entry, label: str) -> dict[str, str]:
 
 @lru_cache(maxsize=4096)
 def _picture(entry: Entry) -> str:
-    image = entry.picture()
+    return small(entry.picture())
+
+
+def small(image: Image.Image) -> str:
+    """A small copy of a picture as an address that holds it."""
+    image = image.copy()
     image.thumbnail((PICTURE, PICTURE))
     data = io.BytesIO()
     image.save(data, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def photos(length: int, **options: Any) -> gr.HTML:
+    """Small copies of photos (`choices`: dictionaries of "name" and "picture"), each with a field for words.
+
+    Its value is the list of those words, of at most `length` characters each.
+    """
+    return gr.HTML(
+        [],
+        choices=[],
+        html_template=PHOTOS_TEMPLATE,
+        js_on_load=f"const LENGTH = {length};{PHOTOS_JS}",
+        apply_default_css=False,
+        elem_classes="bare",
+        **options,
+    )
 
 
 def menu(label: str, **options: Any) -> gr.HTML:

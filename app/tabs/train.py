@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import pandas as pd
+from PIL import Image
 
 from s2ft_diffusion import toybox
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import load_image
 
 from .. import limits
 from ..app import NONE, user_of
@@ -20,6 +23,7 @@ from ..library import plain
 from ..limits import RequestError
 from ..training import UNFINISHED, TrainingQueue
 from ..words import escaped
+from .parts import photos, small
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -75,16 +79,15 @@ class TrainTab:
         self._seen: dict[str, tuple[int, float]] = {}  # a step of each job, and when it was seen
 
     def build(self) -> None:
-        small = toybox.is_embedded(self.app.engine.base)
+        embedded = toybox.is_embedded(self.app.engine.base)
         with gr.Row():
             with gr.Column(scale=4, min_width=280):
                 self.photos = gr.File(
                     label="3 to 20 photos", file_count="multiple", file_types=["image"], height=150, elem_id="photos"
                 )
-                self.thumbnails = gr.Gallery(
-                    label="Your photos", columns=5, height=120, allow_preview=False, visible=False, buttons=[],
-                    elem_id="thumbnails",
-                )  # fmt: skip
+                with gr.Column(visible=False, elem_id="thumbnails") as self.each:
+                    gr.Markdown("What else is in each photo, if you like: it is then not taken for the subject.")
+                    self.captions = photos(limits.CAPTION_LENGTH, elem_id="captions")
                 with gr.Row():
                     self.subject = gr.Textbox(
                         label="Name of the subject", placeholder="mittens", min_width=120, elem_id="subject"
@@ -97,7 +100,7 @@ class TrainTab:
                 with gr.Row():
                     self.go = gr.Button("Train", variant="primary", interactive=False, elem_id="train")
                     self.stop = gr.Button("Cancel", interactive=False, elem_id="cancel-training")
-                words = "about a minute on two cores" if small else "minutes on a GPU, hours on a CPU"
+                words = "about a minute on two cores" if embedded else "minutes on a GPU, hours on a CPU"
                 gr.Markdown(f"The prompt becomes *a photo of sks …*. It takes {words}; one training at a time.")
             with gr.Column(scale=5, min_width=300):
                 self.report = gr.Markdown("No training yet.", elem_id="training")
@@ -118,7 +121,7 @@ class TrainTab:
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         self.go.click(
             polite(self.train),
-            [self.photos, self.subject, self.kind, self.steps, self.numbers],
+            [self.photos, self.subject, self.kind, self.steps, self.numbers, self.captions],
             self.status,
             api_name="train",
             concurrency_limit=1,  # the photos of one request at a time are in memory
@@ -130,7 +133,7 @@ class TrainTab:
         library = self.page.library
         self.adapter.change(  # a training has ended: its adapter is in the library
             polite(library.look_again),
-            [library.words, library.sort],
+            [library.words, library.sort, library.others],
             [library.tiles, *self.page.adapter_parts],
             **quiet,
         )
@@ -139,14 +142,19 @@ class TrainTab:
         asked = [self.photos, self.subject, self.kind]
         for part in asked:
             part.change(self.ready, asked, self.go, queue=False, trigger_mode="always_last", **quiet)
-        self.photos.change(
-            lambda photos: gr.update(value=photos or [], visible=bool(photos)), self.photos, self.thumbnails, **quiet
-        )
+        self.photos.change(polite(self.shown_photos), self.photos, [self.captions, self.each], **quiet)
 
     # What the buttons do
 
     def train(
-        self, photos: list[str], subject: str, class_name: str, steps: float, n_frequency: float, request: gr.Request
+        self,
+        photos: list[str],
+        subject: str,
+        class_name: str,
+        steps: float,
+        n_frequency: float,
+        captions: list[str] | None,
+        request: gr.Request,
     ) -> dict[str, Any]:
         """Queue the training of an adapter; `training_status` says how it goes.
 
@@ -156,10 +164,17 @@ class TrainTab:
             class_name: what it is, such as "dog"; the prompt becomes "a photo of sks dog".
             steps: optimizer steps, 10 to 5000.
             n_frequency: trainable numbers a layer.
+            captions: words that follow the prompt, such as "on a beach", one for each photo or "", or none at all.
         """
         self.app.library.check_room()  # better now than after the training
         job = self._trainings.submit(
-            [Path(photo) for photo in photos or []], subject, class_name, steps, n_frequency, user_of(request)
+            [Path(photo) for photo in photos or []],
+            subject,
+            class_name,
+            steps,
+            n_frequency,
+            user_of(request),
+            captions or [],
         )
         return self._status(job.id, request)
 
@@ -213,6 +228,18 @@ class TrainTab:
     def ready(photos: list[str] | None, subject: str, kind: str) -> Any:
         """Whether there is all that a training needs."""
         return gr.update(interactive=bool(photos and subject.strip() and kind.strip()))
+
+    @staticmethod
+    def shown_photos(paths: list[str] | None) -> tuple[Any, Any]:
+        """Small copies of the photos; one that cannot be read has none, which `train` says."""
+        choices = []
+        for path in paths or []:
+            try:
+                picture = small(load_image(Path(path)))
+            except (InputError, Image.DecompressionBombError):
+                picture = ""
+            choices.append({"name": path, "picture": picture})
+        return gr.update(choices=choices), gr.update(visible=bool(choices))
 
     def show_training(self, name: str, request: gr.Request) -> tuple[Any, ...]:
         """A job in words, its loss curve, samples, whether to go on looking, the buttons, and its adapter."""

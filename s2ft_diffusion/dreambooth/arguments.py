@@ -82,7 +82,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--revision", help="revision of the base on the hub")
     add("--variant", help="weight variant of the base, such as fp16")
-    add("--instance_dir", "--instance_data_dir", dest="instance_dir", required=True, help="folder with the photos")
+    add(
+        "--instance_dir",
+        "--instance_data_dir",
+        dest="instance_dir",
+        required=True,
+        help="folder with the photos; where a text file has a photo's name, it is the photo's own prompt",
+    )
     add("--subject", help="what the subject is called; by default the folder's name")
     add("--instance_prompt", help="prompt that names the subject; by default 'a photo of sks <subject>'")
     add("--class_data_dir", help="folder with class images; missing ones are generated there")

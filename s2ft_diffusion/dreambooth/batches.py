@@ -65,27 +65,30 @@ def estimate_draws(settings: EstimateSettings, layout: Layout, images: int) -> i
 
 
 def estimate_batches(
-    settings: EstimateSettings, layout: Layout, stream: DrawStream, source: LatentSource, prompt: str
+    settings: EstimateSettings, layout: Layout, stream: DrawStream, source: LatentSource, prompts: Sequence[str]
 ) -> list[list[Sample]]:
-    """One draw a batch, shared out over the processes; for "full", every process takes the same steps (Adam does not
-    mind that their gradients are added)."""
+    """One draw a batch, with the prompt of its image, shared out over the processes.
+
+    For "full", every process takes the same steps (Adam does not mind that their gradients are added).
+    """
     draws = stream.stratified(estimate_draws(settings, layout, len(source)))
     if settings.kind != "full":
         draws = draws[layout.rank :: layout.processes]
-    return [[(draw, source, prompt, 1.0)] for draw in draws]
+    return [[(draw, source, prompts[draw.image], 1.0)] for draw in draws]
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set of images to train on, with their prompt, their draws and the weight of their loss."""
+    """A set of images to train on, with a prompt for each, their draws and the weight of their loss."""
 
     source: LatentSource
     stream: DrawStream
-    prompt: str
+    prompts: Sequence[str]
     weight: float = 1.0
 
     def sample(self, number: int, share: float = 1.0) -> Sample:
-        return self.stream.sample(number), self.source, self.prompt, share * self.weight
+        draw = self.stream.sample(number)
+        return draw, self.source, self.prompts[draw.image], share * self.weight
 
 
 def training_batches(layout: Layout, step: int, sets: Sequence[Pictures]) -> Iterator[list[Sample]]:

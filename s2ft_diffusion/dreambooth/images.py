@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 
+from . import captions
 from .errors import InputError
 from .text import printable
 
@@ -23,7 +24,8 @@ logger = logging.getLogger(__name__)
 def find_images(folder: str | Path) -> list[Path]:
     """The image files of a folder, sorted by name; hidden files and sub-folders are ignored, with a line saying so.
 
-    Raises InputError for no folder, an empty folder, and a file that is no image.
+    A text file of an image's name is its caption, and none of them. Raises InputError for no folder, an empty folder,
+    and a file that is no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -33,14 +35,21 @@ def find_images(folder: str | Path) -> list[Path]:
     if ignored:
         logger.info("%s: ignoring hidden files and sub-folders: %s", printable(folder), printable(", ".join(ignored)))
     paths = [entry for entry in entries if entry.name not in ignored]
+    named = {path.stem for path in paths if path.suffix != captions.SUFFIX}
+    paths = [path for path in paths if path.suffix != captions.SUFFIX or path.stem not in named]
     if not paths:
         raise InputError(f"{printable(folder)}: there are no images in it.")
     return paths
 
 
 def fingerprints(paths: Sequence[Path]) -> str:
-    """The files' names and a hash of what each holds, as one line: the same line is the same photos."""
-    return ", ".join(f"{printable(path.name)} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}" for path in paths)
+    """The files' names and a hash of what each holds, as one line: the same line is the same photos and captions."""
+
+    def content(path: Path) -> bytes:
+        caption = captions.caption_path(path)
+        return path.read_bytes() + (caption.read_bytes() if caption.is_file() else b"")
+
+    return ", ".join(f"{printable(path.name)} {hashlib.sha256(content(path)).hexdigest()[:12]}" for path in paths)
 
 
 def load_image(path: Path) -> Image.Image:

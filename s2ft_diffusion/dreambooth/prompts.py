@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,16 +19,19 @@ from .settings import BaseSettings, Settings
 logger = logging.getLogger("train_dreambooth_s2ft")
 
 
-def check_prompts(settings: Settings) -> None:
-    """Raise InputError for a prompt whose subject the base's text encoders would not read; warn of other lost words.
+def check_prompts(settings: Settings, captions: Sequence[str] = ()) -> None:
+    """Raise InputError for words whose subject the base's text encoders would not read; warn of other lost ones.
 
-    Also for more tokens than a text encoder has places for. Only tokenizers and configs are read.
+    Prompts and captions are looked at, by tokenizers and configs alone. Raised also for more tokens than a text encoder
+    has places for.
     """
-    windows = read_windows(settings.base)
-    check_read("--instance_prompt", settings.photos.prompt, words(settings.photos.prompt) - COMMON_WORDS, windows)
+    windows, subject = read_windows(settings.base), words(settings.photos.prompt) - COMMON_WORDS
+    asked = {"--instance_prompt": settings.photos.prompt}
+    asked |= {f"The caption {caption!r}": caption for caption in captions if caption != settings.photos.prompt}
     for flag, others in (("--class_prompt", settings.classes), ("--validation_prompt", settings.validation)):
-        if others:
-            check_read(flag, others.prompt, words(settings.photos.prompt) - COMMON_WORDS, windows)
+        asked |= {flag: others.prompt} if others else {}
+    for what, prompt in asked.items():
+        check_read(what, prompt, subject, windows)
 
 
 def check_read(what: str, prompt: str, subject: Collection[str], windows: list[tuple[Any, int]]) -> None:

@@ -143,10 +143,18 @@ def pages(browser, served) -> Iterator[Callable[..., object]]:
     assert errors == []
 
 
+@pytest.fixture(params=["laptop", "phone"])
+def size(request) -> dict[str, object]:
+    """Chromium's options for a laptop, and for a phone."""
+    from tests.gradio_app.browser import LAPTOP, PHONE
+
+    return {"laptop": LAPTOP, "phone": PHONE}[request.param]
+
+
 @pytest.fixture
-def page(pages) -> object:
-    """The page on a laptop."""
-    return pages()
+def page(pages, size) -> object:
+    """The page on a laptop, and on a phone."""
+    return pages(**size)
 
 
 @pytest.fixture

@@ -224,6 +224,31 @@ def test_a_link_that_says_nonsense(pages) -> None:
     wait_for_value(page, "#seed input", "0")
 
 
+def test_the_result_comes_first_and_the_page_does_not_jump(page) -> None:
+    """One picture fills the width, the preview lies in the same frame, and nothing below it moves."""
+    places = """() => ['#canvas', '#status', '#again', '#strength'].map(
+        part => Math.round(document.querySelector(part).getBoundingClientRect().top + scrollY))"""
+    inside = """part => {
+        const frame = document.querySelector('#canvas').getBoundingClientRect();
+        const box = document.querySelector(part).getBoundingClientRect();
+        return [frame.left, frame.top].every((edge, i) => [box.left, box.top][i] >= edge - 1)
+            && box.right <= frame.right + 1 && box.bottom <= frame.bottom + 1 && box.width > 0.85 * frame.width;
+    }"""
+    set_steps(page, 60)
+    before = page.evaluate(places)
+    button(page, "Generate").click()
+    wait_for_status(page, "step ")
+    wait_for_image(page, "#preview")
+    assert page.evaluate(places) == before
+    assert page.evaluate(inside, "#preview img")
+    assert status(page).endswith(" of 60")
+    wait_for_status(page, "done")
+    wait_for_image(page)
+    page.locator("#preview img").wait_for(state="detached")
+    assert page.evaluate(places) == before
+    assert page.evaluate(inside, "#results img")
+
+
 def test_a_phone(phone) -> None:
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
     assert in_view(phone, "#generate")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
 from tests.gradio_app.browser import button, choose, chosen, labels, needs_browser, tab, tile
@@ -110,6 +111,30 @@ def test_what_is_chosen_is_what_is_marked(page) -> None:
     with page.expect_download() as download:  # one click
         page.locator("#download").click()
     assert download.value.suggested_filename == "dog.safetensors"
+
+
+def test_one_for_another_tool_and_two_in_one(page) -> None:
+    tab(page, "Library")
+    page.get_by_role("button", name="For other tools").click()
+    assert page.locator("#export:disabled").count() == 1
+    choose(page, "dog", "#library")
+    page.locator("#tool").get_by_text("A1111, Forge").click()
+    with page.expect_download() as download:  # one click
+        page.locator("#export:enabled").click()
+    assert download.value.suggested_filename == "dog-kohya.safetensors"
+    with safe_open(download.value.path(), "pt") as file:
+        alone = set(file.keys())
+    assert all(key.startswith("lora_unet_") for key in alone)
+    page.locator("#exported").get_by_text("dog-kohya.safetensors: ").wait_for()
+    tile(page, "dog", "#merged").click()
+    page.locator("#export:enabled").click()
+    page.locator("#exported").get_by_text("failed: The two adapters are the same one").wait_for()
+    tile(page, "both", "#merged").click()
+    with page.expect_download() as download:
+        page.locator("#export:enabled").click()
+    assert download.value.suggested_filename == "dog-both-kohya.safetensors"
+    with safe_open(download.value.path(), "pt") as file:
+        assert set(file.keys()) > alone
 
 
 def test_words_of_strangers_are_only_words(page, fresh) -> None:

@@ -27,6 +27,7 @@ def test_train_reload_meanwhile_and_try_it(page, photos, served, monkeypatch) ->
     assert page.locator("#train:disabled").count() == 1
     page.locator("#photos input[type=file]").set_input_files(sorted(photos.iterdir()))
     page.wait_for_function("document.querySelectorAll('#thumbnails img').length === 3")
+    page.locator("#captions input").nth(1).fill("on a beach")
     page.locator("#subject textarea, #subject input").fill("Waldo")
     page.locator("#kind textarea, #kind input").fill("dog")
     set_number(page, "Steps", 60)
@@ -34,6 +35,8 @@ def test_train_reload_meanwhile_and_try_it(page, photos, served, monkeypatch) ->
     page.locator("#train:enabled").click()
     report = page.locator("#training")
     report.get_by_text("Waldo").first.wait_for()
+    stored = sorted(served[1].trainings.folder.glob("*/photos/*.txt"))[-1]
+    assert (stored.name, stored.read_text()) == ("01.txt", "a photo of sks dog on a beach")
     open_page(page, page.url)  # at its tab again, and with its training
     report.get_by_text("Training … step").or_(report.get_by_text("is in the library")).first.wait_for()
     report.get_by_text("The adapter is in the library").wait_for()

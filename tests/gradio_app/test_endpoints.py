@@ -62,6 +62,7 @@ def test_every_action_is_a_documented_endpoint(client) -> None:
         "/generate", "/cancel", "/compare", "/train", "/training_status", "/cancel_training", "/inspect",
         "/list_history", "/image_settings", "/upload_adapter", "/download_adapter", "/list_adapters",
         "/compare_grid", "/count_tokens", "/delete_adapter", "/rename_adapter", "/favourite_image", "/delete_image",
+        "/export_adapter",
     }  # fmt: skip
     assert all(endpoint["description"] for endpoint in endpoints.values())
 
