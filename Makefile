@@ -1,5 +1,6 @@
 # make demo: train on a toybox subject and look at the result.   make test: lint and run the tests, in minutes.
-# make test-all: the slow tests, too.   make docs: build the documentation into site/.
+# make test-all: the slow tests, too.   make test-long: an hour of fuzzing, killing and crowds (tests/long).
+# make docs: build the documentation into site/.
 # All set up .venv first; someone who has an environment uses it with VENV=path.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -7,7 +8,7 @@ STAMP := $(VENV)/.s2ft-installed
 
 PYTEST := $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: install demo test test-slow test-all docs lint format
+.PHONY: install demo test test-slow test-all test-long docs lint format
 
 install: $(STAMP)
 
@@ -31,7 +32,13 @@ test: lint
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
 
-test-all: test test-slow
+test-all: lint
+	$(PYTEST)
+
+test-long: $(STAMP)
+	$(PYTHON) -m tests.fuzz_adapter_file --seconds 1200
+	$(PYTHON) -m tests.long.killing --moments 200
+	$(PYTHON) -m tests.long.full_disk --moments 40
 
 docs: $(STAMP)
 	$(PYTHON) -m pip install --quiet --editable ".[docs]"
