@@ -201,5 +201,5 @@ def assert_trained_alike(found: Adapter, wanted: Adapter) -> None:
             states = other.state(), layer.state()
             assert all(torch.equal(states[0][key], states[1][key]) for key in states[1] if key != "coefficients"), name
             one, two = other.coefficients.flatten(), layer.coefficients.flatten()
-            assert torch.cosine_similarity(one, two, dim=0) > 0.999, name
+            assert torch.cosine_similarity(one, two, dim=0) > 0.99, name
             assert two.abs().max() > 1e-3, name

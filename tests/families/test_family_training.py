@@ -133,7 +133,9 @@ def test_killed_and_resumed_is_bit_identical(saved, photos, tmp_path, name) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 def test_two_processes_equal_one(saved, photos, tmp_path, name) -> None:
-    more = flags(saved(name), "--learning_rate", "1e-3", "--train_text_encoder")
+    """Without what hangs on the last bits of a prior: a search for orders may end elsewhere."""
+    placed = ("--rearrange", "none", "--sampling", "low_frequency")
+    more = flags(saved(name), "--learning_rate", "1e-3", "--train_text_encoder", *placed)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
               "--rdzv_endpoint", "127.0.0.1:0", "train_dreambooth_s2ft.py",
               *arguments(photos, tmp_path / "two", *more)]  # fmt: skip
