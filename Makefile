@@ -39,6 +39,9 @@ test-long: $(STAMP)
 	$(PYTHON) -m tests.fuzz_adapter_file --seconds 1200
 	$(PYTHON) -m tests.long.killing --moments 200
 	$(PYTHON) -m tests.long.full_disk --moments 40
+	$(PYTHON) -m tests.long.processes
+	$(PYTHON) -m tests.long.endpoints --examples 200
+	$(PYTHON) -m tests.long.clients --clients 16 --minutes 10
 
 docs: $(STAMP)
 	$(PYTHON) -m pip install --quiet --editable ".[docs]"

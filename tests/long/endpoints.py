@@ -76,7 +76,7 @@ def main() -> None:
                 def calls(values: list[Any], endpoint: str = endpoint) -> None:
                     end, said = ends_in(address, endpoint, values)
                     ends[end] += 1
-                    if end == "error" and said == "null":  # an exception that nobody has put into words
+                    if said == "null" or "Something went wrong" in said:  # an exception that nobody foresaw
                         unclear.append((endpoint, values))
 
                 calls()
