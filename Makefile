@@ -1,5 +1,7 @@
 # make demo: train on a toybox subject and look at the result.   make test: lint and run the tests, in minutes.
-# make test-all: the slow tests, too, some of which want a Chromium and npm.   make docs: build the documentation into site/.
+# make test-all: the slow tests, too, some of which want a Chromium and npm.
+# make test-long: an hour of fuzzing, killing and crowds (tests/long).
+# make docs: build the documentation into site/.
 # All set up .venv first; someone who has an environment uses it with VENV=path.
 VENV ?= .venv
 PYTHON := $(VENV)/bin/python
@@ -9,7 +11,7 @@ AXE := node_modules/axe-core/axe.min.js
 
 PYTEST := $(PYTHON) -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: install demo test test-slow test-all docs lint format
+.PHONY: install demo test test-slow test-all test-long docs lint format
 
 install: $(STAMP)
 
@@ -33,7 +35,16 @@ test: lint
 test-slow: $(STAMP) $(AXE)
 	$(PYTEST) -m slow
 
-test-all: test test-slow
+test-all: lint $(AXE)
+	$(PYTEST)
+
+test-long: $(STAMP)
+	$(PYTHON) -m tests.fuzz_adapter_file --seconds 1200
+	$(PYTHON) -m tests.long.killing --moments 200
+	$(PYTHON) -m tests.long.full_disk --moments 40
+	$(PYTHON) -m tests.long.processes
+	$(PYTHON) -m tests.long.endpoints --examples 200
+	$(PYTHON) -m tests.long.clients --clients 16 --minutes 10
 
 docs: $(STAMP)
 	$(PYTHON) -m pip install --quiet --editable ".[docs]"

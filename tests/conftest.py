@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from s2ft_diffusion import AdapterInfo, S2FTConfig, attention_targets, toybox
+from s2ft_diffusion.adapters.file import Adapter
 from s2ft_diffusion.tuner.seeding import seeded
 
 
@@ -184,3 +185,21 @@ def copy_of(pipe) -> StableDiffusionPipeline:
     other = StableDiffusionPipeline(**{**pipe.components, "unet": clean}, requires_safety_checker=False)
     other.unload_s2ft_weights()
     return other
+
+
+def assert_trained_alike(found: Adapter, wanted: Adapter) -> None:
+    """Two trained adapters are one but for rounding.
+
+    Orders and functions are equal, the numbers as a whole: Adam divides each gradient by its own size, so that one of
+    nothing but rounding moves its number as far as any other.
+    """
+    assert set(found.layers) == set(wanted.layers)
+    for component, layers in wanted.layers.items():
+        assert set(found.layers[component]) == set(layers)
+        for name, layer in layers.items():
+            other = found.layers[component][name]
+            states = other.state(), layer.state()
+            assert all(torch.equal(states[0][key], states[1][key]) for key in states[1] if key != "coefficients"), name
+            one, two = other.coefficients.flatten(), layer.coefficients.flatten()
+            assert torch.cosine_similarity(one, two, dim=0) > 0.99, name
+            assert two.abs().max() > 1e-3, name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -19,13 +18,12 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.slow
-def test_it_explains_itself(name) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"python -m benchmarks.{name}" in done.stdout
+def test_it_explains_itself(name, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", [f"benchmarks.{name}", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert ended.value.code == 0
+    assert f"python -m benchmarks.{name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -39,7 +37,7 @@ def test_it_explains_itself(name) -> None:
         ("load", "--n 300 --rounds 2 --adapters 2"),
         ("infer", "--n 300 --rounds 1 --dtype bfloat16"),
         ("size", "--n 300"),
-        ("crowd", "--n 300 --adapters 3 --visits 2"),
+        ("crowd", "--n 300 --adapters 3"),
     ],
 )
 @pytest.mark.slow

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz_adapter_file import fuzz
+from tests.fuzz_adapter_file import DATA, fuzz, new_model, try_file
+
+FOUND = sorted((DATA / "fuzz").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", FOUND, ids=lambda path: path.stem)
+def test_files_that_once_broke_something(path) -> None:
+    model = new_model()
+    assert try_file(path, model, {name: tensor.clone() for name, tensor in model.state_dict().items()})
 
 
 @pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.slow)])

@@ -22,11 +22,11 @@ from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.prompts import check_prompts, lost_words, read_windows
 from s2ft_diffusion.dreambooth.publish import class_words
-from tests.conftest import ROOT, SHARED, generate
+from tests.conftest import ROOT, SHARED, assert_trained_alike, generate
+from tests.training_process import ENVIRONMENT, Training, train
 
 BASE = "toybox"
 TOYBOX = ("--pretrained_model_name_or_path", "toybox")
-ENVIRONMENT = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +45,7 @@ def arguments(photos: Path, output: Path, *more: str) -> list[str]:
 
 def run(photos: Path, output: Path, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, output, *more)]
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
 
 
 def train_here(photos: Path, output: Path, *more: str) -> Path:
@@ -119,25 +119,19 @@ def test_words_of_the_class(prompts, words) -> None:
 def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> None:
     flags = ("--max_train_steps", "12", "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2",
              "--lr_scheduler", "cosine", "--random_flip", "--checkpoints_total_limit", "2")  # fmt: skip
-    assert run(photos, tmp_path / "whole", *flags).returncode == 0
+    train(arguments(photos, tmp_path / "whole", *flags), tmp_path / "log")
     killed = tmp_path / "killed"
+    resuming = arguments(photos, killed, *flags, "--resume_from_checkpoint", "latest")
     for step in (2, 6, 10):
-        resume = ("--resume_from_checkpoint", "latest")
-        command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, killed, *flags, *resume)]
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while not (killed / f"checkpoint-{step}").exists() and child.poll() is None:
-            time.sleep(0.01)
-        time.sleep(0.01 * step)  # somewhere in the steps after it, or in writing the next checkpoint
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert (killed / f"checkpoint-{step}").exists()
-    done = run(photos, killed, *flags, "--resume_from_checkpoint", "latest", "--estimate_draws", "3")
-    assert done.returncode == 0, done.stderr
-    assert "Resuming from" in done.stdout
+        training = Training(resuming, tmp_path / "log")
+        training.wait_until((killed / f"checkpoint-{step}").exists)
+        time.sleep(0.005 * step)  # somewhere in the steps after it, or in writing the next checkpoint
+        training.kill()
+        assert any(int(path.name.removeprefix("checkpoint-")) >= step for path in list_checkpoints(killed))
+    done = train([*resuming, "--estimate_draws", "3"], tmp_path / "log")
+    assert "Resuming from" in done.said
     assert json.loads((killed / "training.json").read_text())["estimate_draws"] == 1  # as it was made
-    assert "estimate: " not in done.stdout  # order and positions are the checkpoint's
+    assert "estimate: " not in done.said  # order and positions are the checkpoint's
     assert (killed / WEIGHTS_NAME).read_bytes() == (tmp_path / "whole" / WEIGHTS_NAME).read_bytes()
     assert len(list(killed.glob("checkpoint-*"))) == 2
 
@@ -145,18 +139,10 @@ def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> No
 @pytest.mark.slow
 def test_control_c_saves_a_checkpoint(photos, tmp_path) -> None:
     flags = ("--max_train_steps", "5000", "--checkpointing_steps", "5000")
-    command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, tmp_path / "out", *flags)]
-    child = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    seen = ""
-    while "loss=" not in seen:
-        seen += child.stderr.read(50)
-        assert child.poll() is None, seen
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate()
-    assert child.returncode == 130
-    assert "--resume_from_checkpoint latest" in errors
+    training = Training(arguments(photos, tmp_path / "out", *flags), tmp_path / "log")
+    training.wait_until(lambda: "loss=" in training.said)
+    assert training.kill(signal.SIGINT) == 130, training.said
+    assert "--resume_from_checkpoint latest" in training.said
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert read_adapter(checkpoint / WEIGHTS_NAME).trainable == 28 * 14 * 14
 
@@ -166,8 +152,7 @@ def test_two_processes_equal_one(photos, tmp_path) -> None:
     """All ranks hold the same adapter, and two processes with batch 1 train what one trains with batch 2.
 
     All have one thread, as `ENVIRONMENT` says: with another number of them sums round differently, and the search for
-    an order may then end elsewhere. Adam divides each gradient by its own size, so that one of nothing but rounding
-    moves its number as far as any other: losses are compared, and the numbers as a whole.
+    an order may then end elsewhere.
     """
     flags = ("--max_train_steps", "4", "--learning_rate", "1e-3", "--train_text_encoder")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
@@ -176,24 +161,16 @@ def test_two_processes_equal_one(photos, tmp_path) -> None:
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **ENVIRONMENT, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "rank0").read_bytes() == (tmp_path / "rank1").read_bytes()
-    done = run(photos, tmp_path / "one", *flags, "--train_batch_size", "2")
-    assert done.returncode == 0, done.stderr[-3000:]
+    train(arguments(photos, tmp_path / "one", *flags, "--train_batch_size", "2"), tmp_path / "log")
     one, two = (read_adapter(tmp_path / name / WEIGHTS_NAME) for name in ("one", "two"))
     assert set(one.layers) == {"unet", "text_encoder"}
-    for component, layers in one.layers.items():
-        for name, layer in layers.items():
-            other = two.layers[component][name]
-            states = other.state(), layer.state()
-            assert all(torch.equal(states[0][key], states[1][key]) for key in states[0] if key != "coefficients"), name
-            found, wanted = other.coefficients.flatten(), layer.coefficients.flatten()
-            assert torch.cosine_similarity(found, wanted, dim=0) > 0.999, name
-            assert wanted.abs().max() > 1e-3
+    assert_trained_alike(two, one)
     losses = [
         [e["loss"] for e in map(json.loads, (tmp_path / name / "progress.jsonl").open()) if "loss" in e]
         for name in ("one", "two")
@@ -369,12 +346,11 @@ def bad(photos: Path, output: Path, *more: str) -> str:
 
 def test_bad_input_is_one_line_and_exit_code_two(photos, tmp_path) -> None:
     for folder, *flags in ((tmp_path / "nothing",), (tmp_path,), (photos, "--no_such_flag")):
-        done = run(folder, tmp_path / "out", *flags)
-        assert done.returncode == 2
-        # bitsandbytes, where it is installed, has a line of its own for every program that imports PEFT
-        lines = [line for line in done.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit")]
-        assert len(lines) == 1
-        assert lines[0].startswith("train_dreambooth_s2ft.py: error: ")
+        training = Training(arguments(folder, tmp_path / "out", *flags), tmp_path / "log")
+        assert training.wait() == 2
+        assert training.said.splitlines()[-1].startswith("train_dreambooth_s2ft.py: error: ")
+        assert training.said.count("error: ") == 1
+        assert "Traceback" not in training.said
 
 
 def test_refuses_images(photos, tmp_path) -> None:

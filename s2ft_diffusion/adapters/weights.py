@@ -24,6 +24,9 @@ SIGNS = ("row_sign", "column_sign")
 class AdapterFileError(ValueError):
     """An adapter file that cannot be used: damaged, of another kind, or for another base model."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())  # a damaged file's words may be no text
+
 
 @dataclass(kw_only=True)
 class LayerWeights(ABC):

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterFileError, collect_adapter, read_adapter, write_adapter
 from ..adapters.names import name_in
-from .errors import InputError
+from .errors import InputError, NotWritten
 from .settings import CheckpointSettings
 
 logger = logging.getLogger("train_dreambooth_s2ft")
@@ -110,8 +111,19 @@ def prepare_output_dir(output_dir: Path, settings: CheckpointSettings, flags: Ma
 
 def clear_checkpoints(output_dir: Path) -> None:
     """Remove the checkpoints of an earlier run, half-written ones too."""
-    for path in [*list_checkpoints(output_dir), *output_dir.glob(".checkpoint-*.tmp")]:
+    for path in list_checkpoints(output_dir):
+        _remove(path)
+    for path in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint away, if it is there: renamed first, so that what is half removed is none."""
+    gone = path.with_name(f".{path.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if path.exists():
+        path.rename(gone)
+        shutil.rmtree(gone)
 
 
 def read_state(path: Path) -> TrainingState:
@@ -146,24 +158,32 @@ class Checkpoints:
         restore_adapter(self.components, read_checkpoint_adapter(Path(folder)))
 
     def save(self, state: TrainingState) -> Path:
-        """Write `checkpoint-<step>`: beside its place first, then renamed; older ones beyond the limit go."""
+        """Write `checkpoint-<step>`: beside its place first, then renamed; older ones beyond the limit go.
+
+        Raises NotWritten.
+        """
         final = self.output_dir / f"checkpoint-{state.step}"
         temporary = self.output_dir / f".{final.name}.tmp"
         if self.accelerator.is_main_process:
+            for unfinished in self.output_dir.glob(".checkpoint-*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(temporary), safe_serialization=True)
+            if self.accelerator.is_main_process:
+                text = json.dumps(asdict(replace(state, written=time.time())))
+                (temporary / STATE_NAME).write_text(text, encoding="utf-8")
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch has no OSError for a full disk
             shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary), safe_serialization=True)
-        if self.accelerator.is_main_process:
-            (temporary / STATE_NAME).write_text(
-                json.dumps(asdict(replace(state, written=time.time()))), encoding="utf-8"
-            )
+            reason = str(error).strip().splitlines()[0]
+            raise NotWritten(f"{final} cannot be written: {reason}. {self.complete()}") from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             temporary.rename(final)
             if self.limit:
                 for path in list_checkpoints(self.output_dir)[: -self.limit]:
-                    shutil.rmtree(path)
+                    _remove(path)
         self.accelerator.wait_for_everyone()
         return final
 
@@ -177,6 +197,13 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise InputError(f"{path}: the checkpoint is damaged ({error}).") from None
         return read_state(path)
+
+    def complete(self) -> str:
+        """A sentence for someone whose disk is full: what a run can go on from."""
+        present = list_checkpoints(self.output_dir)
+        if not present:
+            return "There is no checkpoint yet."
+        return f"{present[-1]} is complete: make room, and go on with --resume_from_checkpoint latest."
 
     def last_good(self) -> str:
         """A sentence for someone whose run has failed: what can still be used."""

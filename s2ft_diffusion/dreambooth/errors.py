@@ -13,5 +13,9 @@ class NotPublished(RuntimeError):
     """The upload failed; the adapter is on disk."""
 
 
+class NotWritten(RuntimeError):
+    """A checkpoint could not be written, on a full disk for example; those before it are complete."""
+
+
 class Interrupted(RuntimeError):
     """Ctrl-C, after a checkpoint was written."""

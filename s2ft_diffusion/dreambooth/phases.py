@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ class Phases:
         self.seconds: dict[str, float] = {}
         if file is not None and anew:
             file.unlink(missing_ok=True)
+        elif file is not None and file.exists():  # a disk that was full may have cut the last line
+            whole = file.read_bytes().rpartition(b"\n")
+            os.truncate(file, len(whole[0] + whole[1]))
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[Callable[[str], None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from .errors import Diverged, InputError, Interrupted, NotPublished
+from .errors import Diverged, InputError, Interrupted, NotPublished, NotWritten
 from .settings import Settings
 
 logger = logging.getLogger("train_dreambooth_s2ft")
@@ -26,6 +27,7 @@ SHARDING = {
     "ACCELERATE_USE_TP": "tensor parallelism",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of several dimensions",
 }
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.tuner.model")
 
 
@@ -125,14 +127,20 @@ class deferred_interrupt:
 def exit_codes(program: str) -> Iterator[None]:
     """Turn the ways a run can end early into one line on standard error and an exit code.
 
-    2 for bad input, 1 for a loss that is not finite and for an upload that failed, 130 for Ctrl-C, as shells have it.
+    2 for bad input, 1 for a loss that is not finite, an upload that failed and a disk that takes no more, 130 for
+    Ctrl-C, as shells have it.
     """
     try:
         yield
     except InputError as error:
         message, code = f"error: {error}", 2
-    except (Diverged, NotPublished) as error:
+    except (Diverged, NotPublished, NotWritten) as error:
         message, code = str(error), 1
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        message = f"{error.strerror}: {error.filename or 'the output folder'}. Complete checkpoints are still there: "
+        message, code = f"{message}make room, and go on with --resume_from_checkpoint latest.", 1
     except Interrupted as error:
         message, code = f"{error} Go on with --resume_from_checkpoint latest.", 130
     except KeyboardInterrupt:

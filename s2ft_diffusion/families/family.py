@@ -235,6 +235,12 @@ class Family:
         """Latents (channels, h, w) of the autoencoder as the denoiser expects them."""
         return (latents - (self.vae.config.get("shift_factor") or 0.0)) * self.vae.config.scaling_factor
 
+    def told_guidance(self, noisy: torch.Tensor) -> torch.Tensor | None:
+        """What a guidance-distilled denoiser is told, (batch,); None for one that takes no guidance."""
+        if not self.pipeline.components[self.denoiser].config.guidance_embeds:
+            return None
+        return torch.full((len(noisy),), self.guidance, device=noisy.device, dtype=torch.float32)
+
     def spatial(self, latents: torch.Tensor) -> torch.Tensor:
         """A square image's latents as the pipeline's loop has them, as (batch, channels, h, w)."""
         return latents

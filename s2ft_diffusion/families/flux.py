@@ -36,13 +36,10 @@ class Flux(Family):
     ) -> torch.Tensor:
         words = conditions["encoder_hidden_states"]
         count, channels, height, width = noisy.shape
-        guidance = None
-        if self.pipeline.transformer.config.guidance_embeds:
-            guidance = torch.full((count,), self.guidance, device=noisy.device, dtype=torch.float32)
         prediction = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy.to(words.dtype), count, channels, height, width),
             timestep=timesteps.to(words.dtype) / 1000,
-            guidance=guidance,
+            guidance=self.told_guidance(noisy),
             **conditions,
             txt_ids=torch.zeros(words.shape[1], 3, device=words.device, dtype=words.dtype),
             img_ids=self.pipeline._prepare_latent_image_ids(count, height // 2, width // 2, noisy.device, words.dtype),

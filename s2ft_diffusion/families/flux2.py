@@ -16,7 +16,6 @@ class Flux2(Family):
     negative_prompt = None
     pack = 2
     default_latents = 128
-    tells_guidance = True
 
     @classmethod
     def latent_shape(cls, configs: Configs, side: int) -> tuple[int, int, int]:
@@ -48,13 +47,10 @@ class Flux2(Family):
         self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         dtype = conditions["encoder_hidden_states"].dtype
-        guidance = None
-        if self.tells_guidance:
-            guidance = torch.full((len(noisy),), self.guidance, device=noisy.device, dtype=torch.float32)
         prediction = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy.to(dtype)),
             timestep=timesteps.to(dtype) / 1000,
-            guidance=guidance,
+            guidance=self.told_guidance(noisy),
             **conditions,
             img_ids=self.pipeline._prepare_latent_ids(noisy).to(noisy.device),
             return_dict=False,
@@ -68,4 +64,3 @@ class Flux2(Family):
 
 class Flux2Klein(Flux2):
     pipeline_class = "Flux2KleinPipeline"
-    tells_guidance = False

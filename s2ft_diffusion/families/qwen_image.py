@@ -58,13 +58,10 @@ class QwenImage(Family):
     ) -> torch.Tensor:
         dtype = conditions["encoder_hidden_states"].dtype
         count, channels, height, width = noisy.shape
-        guidance = None
-        if self.pipeline.transformer.config.guidance_embeds:
-            guidance = torch.full((count,), self.guidance, device=noisy.device, dtype=torch.float32)
         prediction = denoiser(
             hidden_states=self.pipeline._pack_latents(noisy.to(dtype), count, channels, height, width),
             timestep=timesteps.to(dtype) / 1000,
-            guidance=guidance,
+            guidance=self.told_guidance(noisy),
             **conditions,
             img_shapes=[[(1, height // 2, width // 2)]] * count,
             return_dict=False,

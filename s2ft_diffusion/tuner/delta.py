@@ -187,7 +187,9 @@ class GridDelta(LayerDelta):
             if not torch.compiler.is_compiling():
                 self._fixed = fixed
         up, down, places = fixed
-        table = coefficients if scale == 1.0 else coefficients * scale
+        table = coefficients
+        if scale != 1.0:  # not in the coefficients' half precision where the product is in a wider one
+            table = table.to(torch.promote_types(table.dtype, dtype)) * scale
         if places is not None:
             table = table.new_zeros(up.shape[1] * down.shape[0]).index_copy(0, places, table)
             table = table.view(up.shape[1], down.shape[0])

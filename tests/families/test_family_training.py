@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import diffusers
@@ -15,9 +14,10 @@ import torch
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion import AdapterFileError, S2FTLayer, read_adapter
 from s2ft_diffusion.families import FAMILIES
-from tests.conftest import ROOT
+from tests.conftest import ROOT, assert_trained_alike
 from tests.families.pipelines import COMPONENTS, SIDE
-from tests.test_trainer import ENVIRONMENT, train_here
+from tests.test_trainer import arguments, train_here
+from tests.training_process import ENVIRONMENT, Training, train
 
 ALL = list(COMPONENTS)
 SAMPLED = ("Flux2KleinPipeline",)  # by fifty steps: one is enough, how each is called is tested with `eval`
@@ -115,25 +115,17 @@ def test_layers_that_were_left_out_are_said(saved, photos, tmp_path, caplog) -> 
     assert "transformer.transformer_blocks.1.attn.add_q_proj" in caplog.text
 
 
-def command(photos: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train_dreambooth_s2ft.py"), "--instance_dir", str(photos), "--output_dir",
-            str(output), "--report_to", "none", *more]  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 def test_killed_and_resumed_is_bit_identical(saved, photos, tmp_path, name) -> None:
     more = flags(saved(name), "--max_train_steps", "8", "--checkpointing_steps", "2", "--random_flip")
-    run = {"cwd": ROOT, "env": {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}}
-    subprocess.run(command(photos, tmp_path / "whole", *more), check=True, **run)
-    killed = command(photos, tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
-    child = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **run)
-    while not (tmp_path / "killed" / "checkpoint-2").exists() and child.poll() is None:
-        time.sleep(0.01)
-    child.kill()
-    child.wait()
+    train(arguments(photos, tmp_path / "whole", *more), tmp_path / "log")
+    killed = arguments(photos, tmp_path / "killed", *more, "--resume_from_checkpoint", "latest")
+    training = Training(killed, tmp_path / "log")
+    training.wait_until((tmp_path / "killed" / "checkpoint-2").exists)
+    training.kill()
     assert (tmp_path / "killed" / "checkpoint-2").exists()
-    subprocess.run(killed, check=True, **run)
+    train(killed, tmp_path / "log")
     name = recipe.WEIGHTS_NAME
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -141,18 +133,15 @@ def test_killed_and_resumed_is_bit_identical(saved, photos, tmp_path, name) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STATEFUL)
 def test_two_processes_equal_one(saved, photos, tmp_path, name) -> None:
-    more = flags(saved(name), "--learning_rate", "1e-3", "--train_text_encoder")
+    """Without what hangs on the last bits of a prior: a search for orders may end elsewhere."""
+    placed = ("--rearrange", "none", "--sampling", "low_frequency")
+    more = flags(saved(name), "--learning_rate", "1e-3", "--train_text_encoder", *placed)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-              "--rdzv_endpoint", "127.0.0.1:0", *command(photos, tmp_path / "two", *more)[1:]]  # fmt: skip
+              "--rdzv_endpoint", "127.0.0.1:0", "train_dreambooth_s2ft.py",
+              *arguments(photos, tmp_path / "two", *more)]  # fmt: skip
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
     subprocess.run(launch, check=True, cwd=ROOT, env=environment)
-    train_here(photos, tmp_path / "one", *more, "--train_batch_size", "2")
+    train(arguments(photos, tmp_path / "one", *more, "--train_batch_size", "2"), tmp_path / "log")
     one, two = (read_adapter(tmp_path / folder / recipe.WEIGHTS_NAME) for folder in ("one", "two"))
-    assert set(one.layers) == set(two.layers) > {FAMILIES[name].denoiser}
-    moved = 0.0
-    for component, layers in one.layers.items():
-        for key, layer in layers.items():
-            other = two.layers[component][key]
-            moved = max(moved, float(layer.coefficients.abs().max()))
-            torch.testing.assert_close(other.coefficients, layer.coefficients, rtol=1e-2, atol=1e-4)
-    assert moved > 1e-3
+    assert set(one.layers) > {FAMILIES[name].denoiser}
+    assert_trained_alike(two, one)

@@ -1,0 +1,119 @@
+"""A training killed at random moments, again and again: what is resumed ends as what was never stopped, bit for bit.
+
+    python -m tests.long.killing --moments 200
+
+Trainings of a tiny base with checkpoints every other step (two are kept), class images and sample images. Half of the
+moments lie anywhere in a run, half in the writing of a checkpoint. At the end of a run its adapter, class images,
+sample images and what its last checkpoint holds are compared with those of a run that nobody stopped; then another one
+begins from nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from s2ft_diffusion.adapters.file import WEIGHTS_NAME
+from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints, read_state
+from s2ft_diffusion.toybox.subjects import write_photos
+from tests.conftest import pipeline_of, tiny_modules
+from tests.training_process import Training, train
+
+STEPS = 12
+
+
+def arguments(folder: Path, output: Path) -> list[str]:
+    return [
+        "--pretrained_model_name_or_path", str(folder / "base"), "--instance_dir", str(folder / "photos"),
+        "--output_dir", str(output / "out"), "--max_train_steps", str(STEPS), "--checkpointing_steps", "2",
+        "--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--random_flip",
+        "--targets", "qv", "--n_frequency", "200", "--estimate_draws", "1", "--lr_scheduler", "cosine",
+        "--report_to", "none",
+        "--with_prior_preservation", "--class_data_dir", str(output / "classes"), "--class_prompt", "a photo of a cat",
+        "--num_class_images", "4", "--sample_batch_size", "2",
+        "--validation_prompt", "a photo of sks cat", "--num_validation_images", "1", "--validation_epochs", "1",
+    ]  # fmt: skip
+
+
+def prepare(folder: Path) -> None:
+    """The base and the photos that all runs are given."""
+    pipeline_of(tiny_modules()).save_pretrained(folder / "base")
+    write_photos("mittens", folder / "photos")
+
+
+def facts(output: Path) -> dict[str, object]:
+    """All of a finished run that must not depend on how often it was stopped."""
+    out = output / "out"
+    pictures = [*sorted((output / "classes").iterdir()), *sorted((out / "validation").iterdir())]
+    last = list_checkpoints(out)[-1]
+    optimizer = torch.load(last / "optimizer.bin", weights_only=True)["state"]
+    numbers = {f"{n}.{k}": value for n, state in optimizer.items() for k, value in state.items()}
+    numbers |= load_file(last / WEIGHTS_NAME)
+    files = [out / WEIGHTS_NAME, *pictures]
+    return {
+        **{str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        **{name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in numbers.items()},
+        "checkpoints": sorted(path.name for path in list_checkpoints(out)),
+        "losses": read_state(last).losses,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--moments", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    draw = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder)
+        begun = time.monotonic()
+        train(arguments(folder, folder / "whole"), folder / "log")
+        whole, wanted = time.monotonic() - begun, facts(folder / "whole")
+        print(f"a run: {whole:.1f} s; {len(wanted)} facts are compared", flush=True)
+        killed = runs = writing = 0
+        while killed < args.moments:
+            output = folder / "killed"
+            out = output / "out"
+            while True:
+                training = Training(arguments(folder, output), folder / "log")
+                if draw.random() < 0.5:
+                    time.sleep(draw.uniform(0, whole))
+                else:
+                    skip = draw.randrange(STEPS // 2)
+                    before = {path.name for path in list_checkpoints(out)}
+                    training.wait_until(
+                        lambda out=out, before=before, skip=skip: (
+                            any(out.glob(".checkpoint-*"))
+                            and len({path.name for path in list_checkpoints(out)} - before) >= min(skip, 2)
+                        )
+                    )
+                    time.sleep(draw.uniform(0, 0.03))
+                if not training.running():
+                    break
+                halfway = any(out.glob(".checkpoint-*"))
+                if training.kill() != -signal.SIGKILL:
+                    break
+                killed, writing = killed + 1, writing + halfway
+                for path in list_checkpoints(out):
+                    assert read_state(path).step == int(path.name.removeprefix("checkpoint-")), path
+            assert training.wait() == 0, training.said[-3000:]
+            found = facts(output)
+            different = [name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name)]
+            assert not different, different
+            shutil.rmtree(output)
+            runs += 1
+            print(f"{runs} runs, killed at {killed} moments, {writing} of them in a checkpoint: all equal", flush=True)
+
+
+if __name__ == "__main__":
+    main()

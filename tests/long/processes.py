@@ -1,0 +1,88 @@
+"""A training by several processes is one process's: by accelerate's configuration, and on two machines.
+
+    python -m tests.long.processes
+
+Two processes with a batch of one, on CPUs, beside one process with a batch of two. The machines are two network
+namespaces (`nodes.sh`, as root). What would hold the adapter in pieces (FSDP, DeepSpeed) is refused before any work.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter
+from tests.conftest import assert_trained_alike
+from tests.long.killing import prepare
+from tests.training_process import ENVIRONMENT, ROOT, train
+
+SHARED = """
+compute_environment: LOCAL_MACHINE
+num_processes: 2
+num_machines: 1
+machine_rank: 0
+mixed_precision: 'no'
+"""
+CONFIGS = {
+    "DDP": "distributed_type: MULTI_GPU",
+    "FSDP2": "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP",
+    "DeepSpeed ZeRO-2": "distributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 2",
+}
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **ENVIRONMENT, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder)
+
+        def arguments(output: str, batch: int) -> list[str]:
+            return [
+                "--pretrained_model_name_or_path", str(folder / "base"), "--instance_dir", str(folder / "photos"),
+                "--output_dir", str(folder / output), "--max_train_steps", "4", "--learning_rate", "1e-3", "--targets",
+                "qv", "--n_frequency", "200", "--estimate_draws", "1", "--train_batch_size", str(batch),
+                "--report_to", "none",
+            ]  # fmt: skip
+
+        train(arguments("one", 2), folder / "log")
+        wanted = read_adapter(folder / "one" / WEIGHTS_NAME)
+        for name, text in CONFIGS.items():
+            if name.startswith("DeepSpeed"):
+                try:
+                    import deepspeed  # noqa: F401
+                except ImportError:
+                    print(f"{name}: it is not installed")
+                    continue
+            config = folder / "config.yaml"
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                config.write_text(f"{SHARED}main_process_port: {free.getsockname()[1]}\n{text}\n")
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+            done = run(*command, "train_dreambooth_s2ft.py", *arguments(name, 1))
+            if name == "DDP":
+                assert done.returncode == 0, done.stderr[-3000:]
+                assert_trained_alike(read_adapter(folder / name / WEIGHTS_NAME), wanted)
+                print(f"{name}: as one process", flush=True)
+            else:
+                said = [line for line in done.stderr.splitlines() if "train_dreambooth_s2ft.py: error: " in line]
+                assert done.returncode, done.stdout[-3000:]
+                assert said, done.stderr[-3000:]
+                print(f"{name}: refused. {said[0]}", flush=True)
+        if os.geteuid() == 0:
+            command = [str(ROOT / "tests" / "long" / "nodes.sh"), sys.executable, "train_dreambooth_s2ft.py"]
+            done = run(*command, *arguments("nodes", 1))
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert_trained_alike(read_adapter(folder / "nodes" / WEIGHTS_NAME), wanted)
+            print("two machines: as one process", flush=True)
+
+
+if __name__ == "__main__":
+    main()

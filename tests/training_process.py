@@ -1,0 +1,81 @@
+"""Trainings in processes of their own, which a test can stop or kill.
+
+Each is forked from one process that has imported everything: importing torch and diffusers takes many times as long as
+a small training.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["train_dreambooth_s2ft"])
+
+
+class Training:
+    """The recipe by its command line; `said` is what it writes, to both streams."""
+
+    def __init__(self, argv: Sequence[str], log: Path) -> None:
+        self.log = log
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before)))  # the server's, if it starts now
+        try:
+            self.process: BaseProcess = _SERVER.Process(target=_train, args=(list(argv), str(log)))
+            self.process.start()
+        finally:
+            os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def running(self) -> bool:
+        return self.process.exitcode is None
+
+    def wait(self) -> int:
+        """Its exit code: negative where a signal ended it."""
+        self.process.join()
+        return self.process.exitcode
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Until something has happened, or it has ended."""
+        while self.running() and not condition():
+            time.sleep(0.01)
+
+    def kill(self, number: int = signal.SIGKILL) -> int:
+        """Send it a signal, and wait for its end."""
+        if self.running():
+            os.kill(self.process.pid, number)
+        return self.wait()
+
+
+def train(argv: Sequence[str], log: Path) -> Training:
+    """A training that has ended well."""
+    training = Training(argv, log)
+    assert training.wait() == 0, training.said[-3000:]
+    return training
+
+
+def _train(argv: list[str], log: str) -> None:
+    to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(to, stream)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.update(ENVIRONMENT)
+    os.chdir(ROOT)
+    import torch
+
+    import train_dreambooth_s2ft as recipe
+
+    torch.set_num_threads(1)
+    with recipe.exit_codes("train_dreambooth_s2ft.py"):
+        recipe.main(argv)
