@@ -74,7 +74,8 @@ def table_walk(table: np.ndarray, start: int) -> float:
 def test_blocks_make_no_difference(monkeypatch) -> None:
     sketch = sketch_of(structured(300, 20), "cosine", True)
     expected = sketch.nearest(8)
-    monkeypatch.setattr(long_path, "BLOCK_ENTRIES", 1000)
+    monkeypatch.setattr(long_path, "BLOCK_ROWS", 70)
+    monkeypatch.setattr(long_path, "PIECE_COLUMNS", 90)
     monkeypatch.setattr(long_path, "PAIRS", 7)
     for found, before in zip(sketch.nearest(8), expected, strict=True):
         np.testing.assert_allclose(found, before, atol=1e-6)
@@ -156,4 +157,4 @@ def test_no_table_is_made() -> None:
     short_path(sketch_of(matrix, "cosine", True), 0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2500 * 2500 * 4 / 4  # and PyTorch's blocks have `BLOCK_ENTRIES`
+    assert peak < 2500 * 2500 * 4 / 4  # and PyTorch's blocks have `BLOCK_ROWS`

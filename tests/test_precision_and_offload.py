@@ -172,25 +172,3 @@ def test_quantised_linears_take_the_second_product(two_layers) -> None:
     torch.testing.assert_close(layer(data), expected)
     with pytest.raises(TypeError, match="uint8"):
         layer.merge()
-
-
-@pytest.mark.parametrize("kind", ["4-bit", "8-bit"])
-def test_bitsandbytes(kind) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    from peft import inject_adapter_in_model
-
-    linear = torch.nn.Linear(64, 48)
-    if kind == "4-bit":
-        quantised = bitsandbytes.nn.Linear4bit(64, 48, compute_dtype=torch.float32, quant_type="nf4")
-    else:
-        quantised = bitsandbytes.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
-    quantised.load_state_dict(linear.state_dict())
-    model = torch.nn.Sequential(quantised.to("cpu"))
-    x = torch.randn(5, 64)
-    base = model(x)
-    inject_adapter_in_model(S2FTConfig(target_modules=["0"], n_frequency=100, init_weights=False), model)
-    torch.testing.assert_close(model(x), base + x @ model[0].get_delta_weight("default").T)
-    model(x).sum().backward()
-    assert model[0].s2ft_delta["default"].coefficients.grad.any()
-    with pytest.raises(TypeError, match="cannot be fused"):
-        model[0].merge()

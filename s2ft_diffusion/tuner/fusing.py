@@ -65,9 +65,9 @@ class Fusing:
         with torch.no_grad():
             fused = self._add_deltas(weight.data, scales)
         if safe and not torch.isfinite(fused).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights, or infinite ones: with {list(scales)} they are not finite. "
-                "Nothing was changed."
+            raise ValueError(  # in PEFT's words
+                f"NaNs detected in the merged weights. The adapter {', '.join(scales)} seems to be broken: the sum is "
+                "not finite. Nothing was changed."
             )
         self._warn_of_rounding(weight.data, fused, scales)
         # On a CPU, the very same memory: the sum has memory of its own.

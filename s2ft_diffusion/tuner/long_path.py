@@ -17,7 +17,7 @@ import torch
 
 SKETCH_WIDTH = 64
 NEIGHBORS = 8
-BLOCK_ENTRIES = 2**20  # of a block of products on a CPU: few enough for its cache
+BLOCK_ROWS, PIECE_COLUMNS = 256, 1024  # of a product: few enough for a cache, enough to be fast
 GROUP = 32
 PAIRS = 2**16  # that are looked at at a time
 MAX_ROUNDS = 60
@@ -31,10 +31,10 @@ def sketch_rows_and_columns(
     start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
     of_columns = matrix.T @ torch.linalg.qr(matrix @ start).Q
     of_rows = matrix @ torch.linalg.qr(of_columns).Q
-    return (
-        Sketch.of(of_rows, torch.linalg.vector_norm(matrix, dim=1), cosine, signs),
-        Sketch.of(of_columns, torch.linalg.vector_norm(matrix, dim=0), cosine, signs),
-    )
+    row_norm = torch.linalg.vector_norm(matrix, dim=1)
+    # Along columns the library's norm takes as long as all products here.
+    column_norm = sum(block.square().sum(0) for block in matrix.split(BLOCK_ROWS)).sqrt_()
+    return Sketch.of(of_rows, row_norm, cosine, signs), Sketch.of(of_columns, column_norm, cosine, signs)
 
 
 @dataclass(frozen=True)
@@ -62,27 +62,41 @@ class Sketch:
     def nearest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest others (n, count) of every row, nearest first, and their distances."""
         n, device = len(self), self.points.device
-        count, groups = min(count, n - 1), -(-n // GROUP)
-        points = torch.nn.functional.pad(self.points, (0, 0, 0, groups * GROUP - n))
-        columns = points.T.contiguous()
-        block = max(1, BLOCK_ENTRIES // len(points)) if device.type == "cpu" else 1024
+        count, pieces = min(count, n - 1), -(-n // PIECE_COLUMNS)
+        groups = -(-n // (pieces * GROUP))  # in a piece
+        width = groups * GROUP
+        padding = pieces * width - n
+        pad = torch.nn.functional.pad
+        others = pad(self.points, (0, 0, 0, padding)).view(pieces, width, -1)
+        penalty = self.half_square
+        if penalty is not None:
+            penalty = pad(penalty, (0, padding)).view(pieces, width)
         found = []
-        for first in range(0, n, block):
-            score = points[first : min(first + block, n)] @ columns
-            if self.signs:
-                score.abs_()
-            if self.half_square is not None:
-                score[:, :n] -= self.half_square
-            score[:, n:] = -torch.inf
-            here = torch.arange(len(score), device=device)
-            score[here, first + here] = -torch.inf
-            # The largest lie in the groups with the largest maxima, which are far fewer to sort. A group is of
-            # entries that are `groups` apart, so that maxima are taken along whole vectors.
-            score = score.view(len(score), GROUP, groups)
-            best = score.amax(1).topk(min(count, groups), dim=1).indices
-            score = score.gather(2, best[:, None, :].expand(-1, GROUP, -1)).flatten(1)
-            place = score.topk(count, dim=1).indices
-            found.append((best.gather(1, place % best.shape[1]) + place // best.shape[1] * groups).cpu())
+        for first in range(0, n, BLOCK_ROWS):
+            rows = self.points[first : first + BLOCK_ROWS]
+            here = torch.arange(len(rows), device=device)[:, None]
+            score = rows.new_empty(pieces, len(rows), width)
+            largest = rows.new_empty(len(rows), pieces, groups)
+            for number, piece in enumerate(score):
+                torch.mm(rows, others[number].T, out=piece)
+                if self.signs:
+                    piece.abs_()
+                if penalty is not None:
+                    piece -= penalty[number]
+                piece[:, max(0, n - number * width) :] = -torch.inf
+                own = max(first, number * width), min(first + len(rows), (number + 1) * width)
+                if own[0] < own[1]:
+                    x, y = (slice(own[0] - begin, own[1] - begin) for begin in (first, number * width))
+                    piece[x, y].fill_diagonal_(-torch.inf)
+                # A group is of entries that are `groups` apart, so that maxima are taken along whole vectors.
+                torch.amax(piece.view(-1, GROUP, groups), 1, out=largest[:, number])
+            # The largest lie in the groups with the largest maxima, which are far fewer to sort.
+            best = largest.flatten(1).topk(min(count, pieces * groups), dim=1).indices
+            number, group = best // groups, best % groups
+            best = score.view(pieces, len(rows), GROUP, groups)[number, here, :, group].flatten(1)
+            place = best.topk(count, dim=1).indices
+            of = place // GROUP
+            found.append((number.gather(1, of) * width + place % GROUP * groups + group.gather(1, of)).cpu())
         near = torch.cat(found).numpy()
         return near, self.distance(np.arange(n).repeat(count), near.ravel()).reshape(n, count)
 

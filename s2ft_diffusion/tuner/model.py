@@ -75,10 +75,11 @@ class S2FTModel(BaseTuner):
         if unknown := sorted(set(names) - known - {"__base__"}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams")
-        names = [name for name in names for _ in range(beams if isinstance(beams, int) and beams > 1 else 1)]
+        of_beams = [name for name in names for _ in range(beams if isinstance(beams, int) else 1)]
 
         def with_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "adapter_names": names}
+            # A beam search has `beams` rows for each one of the batch, but not yet in an encoder.
+            return args, {**kwargs, "adapter_names": of_beams if len(args[0]) == len(of_beams) else names}
 
         handles = [layer.register_forward_pre_hook(with_names, with_kwargs=True) for layer in layers]
         try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -156,19 +157,27 @@ def place_from_prior(
 ) -> None:
     """Rearrange and sample every layer from its prior (Alg. 1, Eq. 7); process 0 does, the others receive.
 
-    One layer's matrix is asked for at a time. A prior of zeros gives the identity and low frequencies.
+    Two layers at a time, and so two of their matrices: much of a search keeps one core busy. A prior of zeros gives
+    the identity and low frequencies.
     """
     layers = s2ft_layers(models, adapter_name)
-    for name, layer in tqdm(layers.items(), desc="rearrange", disable=not progress or not is_main_process()):
-        delta = layer.s2ft_delta[adapter_name]
-        if is_main_process():
-            delta.place(*_derive(name, prior[name], layer, adapter_name))
-        if distributed():
-            state = dict(delta.named_buffers())  # bytes, which every process group knows
-            for name in sorted(state):
-                dist.broadcast(state[name], src=0)
-            delta.placed()
-        layer.prepare()
+
+    def derive(name: str) -> tuple[dict[str, torch.Tensor], Rearrangement]:
+        return _derive(name, prior[name], layers[name], adapter_name)
+
+    main = is_main_process()
+    # Closing what is left of the map, after an error or an interrupt, cancels what was not begun.
+    with ThreadPoolExecutor(2) as pool, closing(pool.map(derive, layers if main else ())) as derived:
+        for layer in tqdm(layers.values(), desc="rearrange", disable=not progress or not main):
+            delta = layer.s2ft_delta[adapter_name]
+            if main:
+                delta.place(*next(derived))
+            if distributed():
+                state = dict(delta.named_buffers())  # bytes, which every process group knows
+                for name in sorted(state):
+                    dist.broadcast(state[name], src=0)
+                delta.placed()
+            layer.prepare()
 
 
 def rearrangement_for(

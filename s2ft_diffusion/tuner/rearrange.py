@@ -5,6 +5,7 @@ Pure functions of torch tensors; nothing here knows about models.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
@@ -167,7 +168,7 @@ def find_rearrangement(
     """
     if prior.ndim != 2:
         raise ValueError(f"A prior must be a matrix, got shape {tuple(prior.shape)}.")
-    if not torch.isfinite(prior).all():
+    if not all(map(math.isfinite, torch.aminmax(prior))):  # in one pass, without a matrix of booleans
         raise ValueError("The prior has NaN or infinite entries.")
     prior = prior.detach().float()
     found, sketches = [], None
