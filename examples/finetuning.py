@@ -105,8 +105,12 @@ def adapt(model: PreTrainedModel, args: MethodArguments, *, seed: int, heads: Se
         if args.method == "lora":
             config = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, **common)
         elif args.method == "fourierft":
-            config = FourierFTConfig(
-                n_frequency=n_frequency, scaling=args.scaling or 150.0, random_loc_seed=seed, **common
+            config = FourierFTConfig(  # from zero, as the others: PEFT's default start is random coefficients
+                n_frequency=n_frequency,
+                scaling=args.scaling or 150.0,
+                random_loc_seed=seed,
+                init_weights=True,
+                **common,
             )
         else:
             options = json.loads(args.s2ft_options)

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME
+from s2ft_diffusion.adapters.lora_files import LORA_NAME
 from tests.conftest import ROOT
 from tests.fake_hub import fake_hub
 
@@ -18,6 +20,8 @@ import diffusers, s2ft_diffusion
 from s2ft_diffusion import toybox
 pipe = diffusers.StableDiffusionPipeline.from_pretrained(toybox.base_path())
 print(pipe.load_s2ft_weights("someone/dog", revision="main"), pipe.get_list_adapters())
+pipe.load_lora_weights("someone/dog", adapter_name="lora")
+print(pipe.get_list_adapters())
 try:
     pipe.load_s2ft_weights("someone/cat")
 except OSError as error:
@@ -44,12 +48,20 @@ def test_push_and_load(photos, tmp_path) -> None:
             "--output_dir", str(output), "--targets", "qv", "--n_frequency", "40", "--estimate_draws", "1",
             "--max_train_steps", "2",
             "--report_to", "none", "--validation_prompt", "a photo of sks dog", "--num_validation_images", "1",
-            "--push_to_hub", "--hub_model_id", "someone/dog", "--hub_token", "hf_secret",
+            "--save_lora", "--push_to_hub", "--hub_model_id", "someone/dog", "--hub_token", "hf_secret",
         )  # fmt: skip
         assert "uploaded to someone/dog" in said
-        assert set(files) == {f"someone/dog/{n}" for n in (WEIGHTS_NAME, "README.md", "validation/final-0.png")}
+        names = (WEIGHTS_NAME, LORA_NAME, "README.md", "validation/final-0.png")
+        assert set(files) == {f"someone/dog/{name}" for name in names}
+        card = files["someone/dog/README.md"].decode()
+        header = yaml.safe_load(card.split("---")[1])
+        assert (header["library_name"], header["base_model_relation"]) == ("diffusers", "adapter")
+        assert header["base_model"].startswith("toybox")
+        assert {"s2ft", "lora"} <= set(header["tags"])
+        assert header["widget"] == [{"text": "a photo of sks dog", "output": {"url": "validation/final-0.png"}}]
+        assert "pipe.load_lora_weights('someone/dog')" in card
         assert files[f"someone/dog/{WEIGHTS_NAME}"] == (output / WEIGHTS_NAME).read_bytes()
         assert not any(b"hf_secret" in path.read_bytes() for path in Path(output).rglob("*") if path.is_file())
         said = run("-c", LOAD)
-        assert said.startswith("s2ft_0 {'unet': ['s2ft_0']}")
+        assert said.startswith("s2ft_0 {'unet': ['s2ft_0']}\n{'unet': ['s2ft_0', 'lora']}")
         assert "someone/cat: the repository has no pytorch_s2ft_weights.safetensors" in said

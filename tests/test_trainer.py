@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter
+from s2ft_diffusion.adapters.lora_files import LORA_NAME, read_lora
 from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.errors import InputError
@@ -291,6 +292,23 @@ def test_the_card_shows_the_samples_of_its_run(photos, tmp_path) -> None:
     assert "final-0.png" not in (output / "README.md").read_text()
 
 
+def test_a_lora_beside_the_adapter(photos, tmp_path) -> None:
+    output = tmp_path / "out"
+    adapter = read_adapter(train_here(photos, output, "--max_train_steps", "2", "--save_lora"))
+    lora = read_lora(output / LORA_NAME)
+    for component, layers in adapter.layers.items():
+        for name, layer in layers.items():
+            wanted = layer.delta() * adapter.configs[component].scaling
+            found = lora.layers[component][name].delta()
+            torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-3 * float(wanted.abs().max()))
+    written = json.loads((output / "training.json").read_text())
+    assert written["lora_bytes"] == (output / LORA_NAME).stat().st_size
+    assert "load_lora_weights" in (output / "README.md").read_text()
+    train_here(photos, output, "--max_train_steps", "1", "--overwrite_output_dir")
+    assert not (output / LORA_NAME).exists()  # it was of another adapter
+    assert "lora" not in (output / "README.md").read_text()
+
+
 def test_the_subject_is_called_what_one_says(photos, tmp_path) -> None:
     info = read_adapter(train_here(photos, tmp_path / "out", "--max_train_steps", "1", "--subject=柴犬 R2-D2")).info
     assert (info.subject, info.instance_prompt) == ("柴犬 R2-D2", "a photo of sks 柴犬 R2-D2")
@@ -411,6 +429,8 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
         (("--mixed_precision", "fp16"), "bf16"),
         (("--report_to", "carrier_pigeon"), "report_to"),
         (("--n_frequency", "1.5"), "n_frequency"),
+        (("--save_lora", "-1"), "rank of at least 1"),
+        (("--preset", "paper", "--save_lora"), "positions are free"),
     ],
     ids=lambda value: value[0].strip("-") if isinstance(value, tuple) else "",
 )

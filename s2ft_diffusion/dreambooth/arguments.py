@@ -172,6 +172,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation_epochs", type=int, default=50, help="passes over the instance images between samples")
     add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all, or none")
     add("--logging_dir", default="logs", help="folder of the logs, inside the output folder")
+    add(
+        "--save_lora", type=int, nargs="?", const=0, metavar="RANK",
+        help="also write the adapter as a LoRA, for programs without this package; RANK: at free positions",
+    )  # fmt: skip
     add("--push_to_hub", action="store_true", help="upload the adapter and its model card")
     add("--hub_model_id", help="repository to upload to; by default the output folder's name")
     add("--hub_token", help="token of the hub")
@@ -195,9 +199,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     _check(args)
     settings = _settings(args)
     try:
-        settings.adapter.config(["any"], args.seed)
+        config = settings.adapter.config(["any"], args.seed)
     except ValueError as error:
         raise InputError(str(error)) from None
+    if settings.lora_rank == 0 and config.positions != "grid":
+        raise InputError("--save_lora needs a rank: positions are free, and the nearest LoRA of a rank is written.")
     return settings
 
 
@@ -273,6 +279,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         output_dir=Path(args.output_dir),
         seed=args.seed,
         dtype=args.adapter_dtype,
+        lora_rank=args.save_lora,
         flags={name: value for name, value in plain.items() if name != "hub_token"},
     )  # fmt: skip
 
@@ -318,6 +325,8 @@ def _check(args: argparse.Namespace) -> None:
             validate_repo_id(args.hub_model_id or Path(args.output_dir).resolve().name)
         except HFValidationError as error:
             raise InputError(f"--push_to_hub: choose another --hub_model_id: {error}") from None
+    if args.save_lora is not None and args.save_lora < 0:
+        raise InputError(f"--save_lora takes a rank of at least 1, got {args.save_lora}.")
     if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise InputError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
     for name in ("adam_beta1", "adam_beta2"):

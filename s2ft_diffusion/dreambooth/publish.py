@@ -15,7 +15,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import toybox
+from ..adapters.convert import export
 from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail, write_adapter
+from ..adapters.lora_files import LORA_NAME
 from .errors import InputError, NotPublished
 from .settings import HubSettings, Settings
 
@@ -70,7 +72,10 @@ def write_model_card(
     share: float,
     samples: Sequence[Path] = (),
 ) -> None:
-    """Write README.md: what the adapter `name` is, its size, this run's samples, and a YAML header the hub reads."""
+    """Write README.md: what the adapter `name` is, its size, this run's samples, and a YAML header the hub reads.
+
+    With a LoRA beside the adapter it says so, and has the tag by which the hub knows that it can run it.
+    """
     base, prompt = settings.base.name, settings.photos.prompt
     pictures = "\n".join(f"![sample](./validation/{path.name})" for path in samples)
     description = f"""
@@ -87,12 +92,20 @@ An S2FT adapter for {base}, trained on `{prompt}`.
 pipe({prompt!r}).images[0]
 ```
 """
+    tags = ["text-to-image", "diffusers", "s2ft", "peft", "dreambooth"]
+    if settings.lora_rank is not None:
+        tags.append("lora")
+        description += f"""
+`{LORA_NAME}` is {"the same" if settings.lora_rank == 0 else "nearly the same"} as a LoRA, for programs without
+s2ft_diffusion: `pipe.load_lora_weights({name!r})`.
+"""
     words = settings.validation.prompt if settings.validation else None
     header = ModelCardData(
         base_model=base,
+        base_model_relation="adapter",
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["text-to-image", "diffusers", "s2ft", "peft", "dreambooth"],
+        tags=tags,
         instance_prompt=prompt,
         widget=[{"text": words, "output": {"url": f"validation/{path.name}"}} for path in samples] or None,
     )
@@ -111,13 +124,13 @@ def open_repository(folder: Path, hub: HubSettings) -> str:
 
 
 def push(folder: Path, repository: str, hub: HubSettings, samples: Sequence[Path] = ()) -> str:
-    """Upload the adapter, its card and samples; returns the repository. Raises NotPublished."""
+    """Upload the adapter, the LoRA beside it, its card and samples; returns the repository. Raises NotPublished."""
     try:
         upload_folder(
             repo_id=repository,
             folder_path=folder,
             commit_message="S2FT adapter",
-            allow_patterns=[WEIGHTS_NAME, "README.md", *(f"validation/{path.name}" for path in samples)],
+            allow_patterns=[WEIGHTS_NAME, LORA_NAME, "README.md", *(f"validation/{path.name}" for path in samples)],
             token=hub.token,
         )
     except (OSError, ValueError, httpx.HTTPError) as error:
@@ -136,14 +149,21 @@ def publish(
     samples: Sequence[Path] = (),
     repository: str | None = None,
 ) -> tuple[int, float]:
-    """Write the adapter, its card and `training.json`, and upload them; returns the file's bytes and the rounding error
-    of its coefficients. Raises NotPublished."""
+    """Write the adapter, a LoRA of it where asked, its card and `training.json`, and upload them.
+
+    Returns the adapter's bytes and the rounding error of its coefficients. Raises NotPublished.
+    """
     with tqdm(total=2 + (repository is not None), desc="save") as bar:
         size, error = write_adapter(path, adapter, settings.dtype)
+        written = {"adapter": str(path), "adapter_bytes": size, "adapter_error": error}
+        if settings.lora_rank is not None:
+            lora = export(adapter, path.parent / LORA_NAME, to="lora", rank=settings.lora_rank or None)
+            written |= {"lora_bytes": lora.bytes, "lora_rank": lora.ranks[1], "lora_error": lora.relative_error}
+        else:
+            (path.parent / LORA_NAME).unlink(missing_ok=True)  # an earlier run's, of another adapter
         bar.update()
         name = repository or path.parent.resolve().name
         write_model_card(settings, name, adapter, size, facts["share"], samples)
-        written = {"adapter": str(path), "adapter_bytes": size, "adapter_error": error}
         report = {**facts, "seconds": seconds, **written}
         write_text(path.parent / "training.json", json.dumps(report, indent=2))
         bar.update()

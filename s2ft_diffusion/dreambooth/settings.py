@@ -192,7 +192,10 @@ class HubSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """All of a run. `flags` are the command line's, by name, for checkpoints and trackers: without the hub's token."""
+    """All of a run. `flags` are the command line's, by name, for checkpoints and trackers: without the hub's token.
+
+    `lora_rank` asks for a LoRA beside the adapter: 0 is an adapter's own rank on a grid.
+    """
 
     photos: PhotoSettings
     base: BaseSettings = field(default_factory=BaseSettings)
@@ -210,4 +213,5 @@ class Settings:
     output_dir: Path = Path("s2ft-output")
     seed: int = 0
     dtype: str = "float32"
+    lora_rank: int | None = None
     flags: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -1,0 +1,144 @@
+"""benchmarks/tasks: packing, the queue and training, on tiny models and random data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
+
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+from benchmarks.tasks import cost, data, runs, training, workers
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `pack` writes it: models of width 64, 40 images, 40 texts whose class is in their first token."""
+    folder = tmp_path_factory.mktemp("packed")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    models = {
+        "dinov2": Dinov2Model(Dinov2Config(**sizes, image_size=56, patch_size=14)),
+        "minilm": BertModel(BertConfig(**sizes, intermediate_size=128, vocab_size=50, max_position_embeddings=48)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        path = folder / name / "model.safetensors"
+        save_file(data.to_8_bits(load_file(path)), path)
+    images, texts = {}, {}
+    for split in ("train", "validation", "test"):
+        labels = torch.randint(10, (70,), dtype=torch.uint8)
+        images[split] = (labels[:, None, None] * 25 + torch.randint(5, (70, 28, 28))).to(torch.uint8)
+        images[f"{split}_labels"] = labels
+        for task in ("ratings", "sources"):
+            tokens = torch.randint(5, 50, (70, 12))
+            tokens[:, 0] = torch.arange(70) % 3 + 2
+            tokens[:, 9:] = 0
+            texts[f"{task}_{split}"] = tokens.to(torch.int16)
+            classes = (torch.arange(70) % 3).to(torch.uint8)
+            texts[f"{task}_{split}_labels"] = classes if task == "sources" else classes.float() - 1 + torch.rand(70) / 5
+    save_file(images, folder / "images.safetensors")
+    save_file(texts, folder / "texts.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(packed, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    data.unpack_models(packed, folder)
+    return folder
+
+
+def test_eight_bits() -> None:
+    weights = {"a": torch.randn(8, 64), "b": torch.randn(8), "c": torch.randn(3, 5), "d": torch.zeros(1, 128)}
+    back = data.from_8_bits(data.to_8_bits(weights))
+    assert back.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert back[name].dtype == torch.float32
+        assert (back[name] - weight).abs().max() <= 0.5 / 127 * weight.abs().max().clamp_min(1e-9) + 2e-3
+    assert data.to_8_bits(weights)["a"].dtype == torch.int8
+    assert not back["d"].any()
+
+
+@pytest.mark.parametrize("task", ["sources", "ratings"])
+@pytest.mark.parametrize("method", runs.METHODS)
+def test_a_run_learns(packed, models, task, method) -> None:
+    prepared = training.load_task(task, packed, models, torch.device("cpu"), epochs=6.0)
+    prepared.head_rate = 1e-2
+    run = replace(runs.main_run(task, method, 1, rate=runs.RATES[method][1]), numbers=64)
+    (row,) = training.train_together(prepared, [run], [None], until=float("inf"))
+    assert "error" not in row, row["error"]
+    assert row["steps"] == 30 * 70 // 32
+    layers = {"full": None, "lora": 2 * runs.RANK * 64, "s2ft default": 64}.get(method, 64)
+    if layers is not None:
+        assert row["trained_numbers"] == 4 * layers
+    assert row["score"] > 0.5
+    again = next(training.train_together(prepared, [run], [None], until=float("inf")))
+    assert again["score"] == row["score"]
+
+
+def test_a_failing_run_does_not_stop_the_others(packed, models) -> None:
+    prepared = training.load_task("images", packed, models, torch.device("cpu"), epochs=0.02)
+    good = replace(runs.main_run("images", "s2ft default", 1, rate=1e-3), numbers=64)
+    bad = replace(good, numbers=10**9)
+    rows = list(training.train_together(prepared, [bad, good], [None, None], until=float("inf")))
+    assert "more than" in rows[0]["error"]
+    assert 0 <= rows[1]["score"] <= 1
+    assert not list(training.train_together(prepared, [good], [None], until=0)) or prepared.epochs * 70 // 64 < 50
+
+
+def test_the_queue_ends_with_every_row_and_goes_on(packed, tmp_path) -> None:
+    wanted = [r for r in runs.queue(["sources"]) if r.method in ("full", "s2ft paper")]
+    wanted = [replace(run, numbers=64) for run in wanted if run.seed < 2]
+    path = tmp_path / "rows.jsonl"
+    settings = {"device": "cpu", "workers": 1, "together": 1, "seconds": 600, "epochs": 0.2}
+    bad = replace(wanted[-1], options=(("sampling", "nonsense"),))
+    rows = workers.run_queue([*wanted, bad], path, packed, **settings)
+    assert len(rows) == len(wanted) == 2 * (3 + 1)
+    assert rows == [json.loads(line) for line in path.read_text().splitlines()]
+    for method in ("full", "s2ft paper"):
+        (test,) = (row for row in rows if row["method"] == method and row["split"] == "test")
+        tried = [row for row in rows if row["method"] == method and row["split"] == "validation"]
+        assert test["rate"] == max(tried, key=runs.score)["rate"]
+    before = path.read_text()
+    workers.run_queue(wanted, path, packed, **settings)
+    assert path.read_text() == before
+
+
+def test_cost_has_a_row_a_method(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cost, "STEPS", 1)
+    cost.measure(tmp_path / "cost.json", "cpu", size=96, batch=2, rounds=2)
+    rows = {row["method"]: row for row in json.loads((tmp_path / "cost.json").read_text())}
+    assert tuple(rows) == runs.METHODS
+    assert all(row["seconds_an_epoch"] > 0 and row["memory_gb"] > 0 for row in rows.values())
+    assert rows["lora"]["trained_numbers"] == 24 * 8 * 2 * 96
+    assert rows["fourierft"]["trained_numbers"] == 24 * 6000
+    for preset in ("paper", "default"):
+        row = rows[f"s2ft {preset}"]
+        assert 24 * 2900 < row["trained_numbers"] <= 24 * 3000
+        assert all(row[f"{name}_seconds"] > 0 for name in ("prior", "order", "inverse", "apply"))
+
+
+def test_choosing_waits_for_rates() -> None:
+    queue = runs.queue(["images"])
+    assert len({run.key() for run in queue}) == len(queue)
+    pending = list(queue)
+    assert len(workers.choose(pending, [], 100)) == 3 * len(runs.METHODS)
+    assert not workers.choose(pending, [], 100)
+    rows = [
+        {"task": "images", "method": "lora", "split": "validation", "rate": r, "score": float("nan")} for r in (1, 2)
+    ]
+    assert runs.best_rate(rows, "images", "lora") is None
+    rows.append({"task": "images", "method": "lora", "split": "validation", "rate": 3, "score": 0.1})
+    assert runs.best_rate(rows, "images", "lora") == 3
+    chosen = workers.choose(pending, rows, 100)
+    assert {run.method for run in chosen} == {"lora"}
+    assert {run.rate for run in chosen} == {3}
