@@ -27,6 +27,7 @@ SHARDING = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of several dimensions",
 }
 CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.tuner.model")
+PER_LAYER = ("bitsandbytes.autograd._functions",)  # a warning in every forward pass of every layer
 
 
 def set_up_logging() -> None:
@@ -37,6 +38,8 @@ def set_up_logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in PER_LAYER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
