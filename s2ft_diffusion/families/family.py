@@ -175,6 +175,12 @@ class Family:
         """Layers of a component that cannot change what is predicted, beside those that `targets.unreachable` knows."""
         return []
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        """Conditions of a prompt as `encode_prompt` gives them, of the usual sizes and with nothing in them: what an
+        estimate of memory goes by."""
+        raise NotImplementedError
+
     # With a loaded pipeline ------------------------------------------------------------------------------------------
 
     def __init__(
