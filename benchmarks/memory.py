@@ -3,10 +3,9 @@
     python -m benchmarks.memory --json docs/results/memory.json
 
 Batch 1, 512 pixels, bfloat16, all layers of the blocks; gigabytes are of 10^9 bytes. `--measure` on a GPU builds each
-denoiser there, with random weights, trains two steps, and puts PyTorch's own peak beside the estimates of a file:
+denoiser there, with random weights, and gives PyTorch's own peak of two steps; on a CPU, a count of the tensors made:
 
-    python -m benchmarks.memory --measure docs/results/memory.json --methods S2FT "LoRA r=32" \
-        --json docs/results/memory-gpu.json
+    python -m benchmarks.memory --measure --estimates docs/results/memory.json --json docs/results/memory-gpu.json
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from s2ft_diffusion import S2FTConfig, S2FTLayer, attention_targets
 from s2ft_diffusion.dreambooth.memory import StepMemory, prior_passes, step_loss, step_memory
 from s2ft_diffusion.dreambooth.settings import NUMBERS, ComputeSettings
 from s2ft_diffusion.families import FAMILIES, Configs, Family
+from s2ft_diffusion.families.blank import AllocationTracker, weight_bytes
 from s2ft_diffusion.families.quantization import quantize_model
 
 from .measure import parser, report
@@ -119,28 +119,46 @@ def measure(base: Base, method: str, args: argparse.Namespace) -> Mapping[str, i
     model.train(base.compute.gradient_checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
     shape = family.latent_shape(configs, args.pixels)
-    with torch.device(args.device), torch.autocast(args.device, torch.bfloat16):
+    with torch.device(args.device), torch.autocast(args.device.split(":")[0], torch.bfloat16):
         loss = step_loss(family, configs, {family.denoiser: model}, shape, 1, torch.bfloat16)
-        optimizer = torch.optim.AdamW(trained, lr=1e-6)
-        _forget_peak()
-        for _ in range(2):
-            loss().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found = {"measured": torch.cuda.max_memory_allocated()}
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, foreach=True)
+        with Peak(args.device, model) as peak:
+            for _ in range(2):
+                loss().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found = {"measured": peak.bytes}
         layers = {name: m for name, m in model.named_modules() if isinstance(m, S2FTLayer)}
         if layers:
             del optimizer
-            _forget_peak()
-            prior_passes(loss, layers, trained)
-            found["measured_prior"] = torch.cuda.max_memory_allocated()
+            with Peak(args.device, model) as peak:
+                prior_passes(loss, layers, trained)
+            found["measured prior"] = peak.bytes
     return found
 
 
-def _forget_peak() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+class Peak:
+    """What was allocated at most within the block, in `bytes`: on a GPU as PyTorch's allocator has it, on a CPU a
+    model's weights and a count of the tensors that were made."""
+
+    def __init__(self, device: str, model: nn.Module) -> None:
+        self.on_gpu, self.model, self.tracker = device.startswith("cuda"), model, AllocationTracker()
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.tracker.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.on_gpu:
+            self.bytes = torch.cuda.max_memory_allocated()
+        else:
+            self.tracker.__exit__(*exception)
+            self.bytes = weight_bytes(self.model) + self.tracker.peak
 
 
 def main() -> None:
@@ -150,19 +168,18 @@ def main() -> None:
     options.add_argument("--targets", default="blocks", help="which layers, as the trainer's --targets")
     options.add_argument("--n", type=int, default=NUMBERS["blocks"], help="numbers a layer of S2FT and FourierFT")
     options.add_argument("--pixels", type=int, default=512)
-    options.add_argument("--measure", type=Path, metavar="ESTIMATES", help="on a GPU, beside this file's estimates")
+    options.add_argument("--measure", action="store_true", help="measure instead of estimating")
+    options.add_argument("--estimates", type=Path, help="a report to put beside what is measured")
     args = options.parse_args()
-    if args.measure and not args.device.startswith("cuda"):
-        options.error("--measure needs a GPU")
-    known = json.loads(args.measure.read_text()) if args.measure else []
+    known = json.loads(args.estimates.read_text()) if args.estimates else []
     rows = []
     for name in args.bases:
         for method in args.methods:
-            same = (row for run in known for row in run["rows"] if (row["base"], row["method"]) == (name, method))
-            row = next(same, None) or described(name, method, estimate(BASES[name], method, args))
             if args.measure:
-                row = {**row, **compared(row["device GB"], measure(BASES[name], method, args))}
-                _forget_peak()
+                same = (row for run in known for row in run["rows"] if (row["base"], row["method"]) == (name, method))
+                row = compared(next(same, {"base": name, "method": method}), measure(BASES[name], method, args))
+            else:
+                row = described(name, method, estimate(BASES[name], method, args))
             rows.append(row)
             print(json.dumps(row), flush=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -183,10 +200,11 @@ def described(name: str, method: str, needed: StepMemory) -> dict[str, Any]:
     }
 
 
-def compared(estimated: float, found: Mapping[str, int]) -> dict[str, float]:
-    """What was measured, in GB, and the estimate's share of the most of it."""
+def compared(row: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, Any]:
+    """A row with what was measured, in GB, and the estimate's share of the most of it."""
+    row = {**row, **{name: round(size / GIGA, 3) for name, size in found.items()}}
     most = max(found.values()) / GIGA
-    return {**{name: round(size / GIGA, 2) for name, size in found.items()}, "estimate / measured": estimated / most}
+    return {**row, "estimate / measured": round(row["device GB"] / most, 3)} if "device GB" in row else row
 
 
 if __name__ == "__main__":
