@@ -59,6 +59,7 @@ from s2ft_diffusion.dreambooth.publish import describe, open_repository, publish
 from s2ft_diffusion.dreambooth.settings import ComputeSettings, EstimateSettings, PhotoSettings, Settings
 from s2ft_diffusion.dreambooth.validation import Validation
 from s2ft_diffusion.families import Family
+from s2ft_diffusion.families.offloading import offload_blocks
 from s2ft_diffusion.pipelines.attach import inject_adapter
 from s2ft_diffusion.tuner.estimate import NotFiniteError
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
@@ -90,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         logger.info("The instance prompt is %r; choose another with --instance_prompt.", settings.photos.prompt)
 
     with phases("load") as say:
-        base = load_base(plan, weight_dtype(accelerator))
-        base.pipeline.to(accelerator.device)
+        base = load_base(plan, weight_dtype(accelerator), settings.compute.quantize, accelerator.device)
         components = {name: getattr(base.pipeline, name) for name in plan.configs}
         if settings.compute.xformers:
             components[base.denoiser].enable_xformers_memory_efficient_attention()
@@ -105,17 +105,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = [pictures("instance", photo_paths, captions, 1.0, photos, plan, base, settings.seed)]
     if classes := settings.classes:
         with phases("class images") as say:
-            made = ensure_class_images(classes, plan, settings.seed, accelerator)
+            made = ensure_class_images(classes, plan, settings.compute, settings.seed, accelerator)
             paths = class_image_paths(classes.folder, classes.count)
             words = [classes.prompt] * len(paths)
             sets.append(pictures("class", paths, words, classes.weight, photos, plan, base, settings.seed))
             say(f"{made} generated, {len(paths)} in use")
+    base.bring("vae")  # one after the other: the device need not hold all models at once
     cached = [each.source.keep_all((False, True) if photos.random_flip else (False,)) for each in sets]
+    if all(cached):
+        base.put_away("vae")
+    base.bring(*plan.family.text_encoders)
     prompts = Prompts(base, live=settings.adapter.train_text_encoder)
     if not prompts.live:
         for prompt in (prompt for each in sets for prompt in each.prompts):
             prompts(prompt)
-    base.free(autoencoder=all(cached), text_encoders=not prompts.live)
+        base.put_away(*plan.family.text_encoders)
+    if settings.compute.offload:
+        offload_blocks(components[base.denoiser], accelerator.device)
+    base.bring(base.denoiser)
 
     add_adapters(components, plan, settings.compute)
     loss = DiffusionLoss(components, base, plan.objective, prompts)

@@ -123,8 +123,13 @@ SHAPES = {
 
 def build(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """The denoiser of a shape, frozen, its weights random (drawn in place: a default initialisation takes minutes)."""
+    return random_weights(SHAPES[name].build, device, dtype)
+
+
+def random_weights(make: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> nn.Module:
+    """What `make` builds, frozen, its weights random."""
     with torch.device("meta"):
-        model = SHAPES[name].build()
+        model = make()
     model = model.to_empty(device=device).to(dtype).requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for path, module in model.named_modules():

@@ -16,6 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..adapters.format import DTYPES
+from ..families.loading import check_offload
+from ..families.quantization import QUANTIZATIONS, check_quantization
 from ..pipelines.targets import TARGETS
 from ..tuner.config import PRESETS
 from .errors import InputError
@@ -140,6 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_train_epochs", type=int, help="passes over the instance images, instead of --max_train_steps")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step")
     add("--gradient_checkpointing", action="store_true", help="save memory, at the cost of time")
+    add("--quantize", choices=QUANTIZATIONS, help="hold the frozen linear layers in 4 or 8 bits")
+    add("--offload", action="store_true", help="keep the denoiser's blocks in host memory; checkpoints gradients")
     add("--learning_rate", type=float, help="the highest learning rate; by default 2e-4, for the preset paper 1e-3")
     add("--scale_lr", action="store_true", help="scale the rate by processes, accumulation and batch size")
     add("--lr_scheduler", choices=SCHEDULERS, default="constant", help="how the learning rate goes on")
@@ -267,7 +271,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         ),
         compute=ComputeSettings(
             args.mixed_precision, args.allow_tf32, args.enable_xformers_memory_efficient_attention,
-            args.gradient_checkpointing,
+            args.gradient_checkpointing or args.offload, args.quantize, args.offload,
         ),
         checkpoints=CheckpointSettings(
             args.checkpointing_steps, args.checkpoints_total_limit, args.resume_from_checkpoint,
@@ -338,6 +342,10 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--resume_from_checkpoint and --overwrite_output_dir contradict each other.")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if args.quantize:
+        check_quantization(args.quantize)
+    if args.offload:
+        check_offload(args.quantize)
     if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         raise InputError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers.")
     if args.report_to not in (*TRACKERS, "all", "none"):

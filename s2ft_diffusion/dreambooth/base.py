@@ -15,7 +15,9 @@ from torch import nn
 
 from .. import toybox
 from ..families import Family, family_of
+from ..families.loading import load_pipeline
 from ..families.objectives import Objective
+from ..families.quantization import Quantization
 from ..pipelines.targets import attention_targets, unreachable
 from ..tuner.config import S2FTConfig
 from ..tuner.delta import trained_numbers
@@ -150,21 +152,20 @@ def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
             raise InputError(f"{component}.{name}: {error}") from None
 
 
-def load_pipeline(
-    location: str, family: type[Family], dtype: torch.dtype, options: Mapping[str, str] | None = None, **components: Any
-) -> DiffusionPipeline:
-    """A base's pipeline with all its models in a type; `components` take the place of its own. Raises InputError."""
-    kind = getattr(diffusers, family.pipeline_class)
-    try:
-        return kind.from_pretrained(location, torch_dtype=dtype, **family.load_options, **(options or {}), **components)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The base model {location!r} cannot be loaded: {str(error).strip()}") from None
+def load_base(
+    plan: BasePlan,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization | None = None,
+    device: torch.device | None = None,
+) -> Family:
+    """The family with its loaded pipeline: models in host memory and evaluation mode, with no parameter trainable.
 
-
-def load_base(plan: BasePlan, dtype: torch.dtype = torch.float32) -> Family:
-    """The family with its loaded pipeline: models in evaluation mode, with no parameter trainable."""
-    pipeline = load_pipeline(plan.location, plan.family, dtype, plan.options)
+    `quantize` packs the frozen linear layers, on the device that the family's models are going to work on.
+    """
+    pipeline = load_pipeline(
+        plan.location, plan.family, dtype, plan.options, quantize=quantize, device=device or torch.device("cpu")
+    )
     for model in pipeline.components.values():
         if isinstance(model, nn.Module):
             model.requires_grad_(False).eval()
-    return plan.family(pipeline, max_tokens=plan.settings.max_tokens, guidance=plan.settings.guidance)
+    return plan.family(pipeline, max_tokens=plan.settings.max_tokens, guidance=plan.settings.guidance, device=device)

@@ -9,13 +9,16 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..families.loading import load_pipeline, place_pipeline
 from ..tuner.seeding import seeded
-from .base import BasePlan, load_pipeline
+from .base import BasePlan
 from .images import find_images, load_image
-from .settings import ClassSettings
+from .settings import ClassSettings, ComputeSettings
 
 
-def ensure_class_images(settings: ClassSettings, plan: BasePlan, seed: int, accelerator: Accelerator) -> int:
+def ensure_class_images(
+    settings: ClassSettings, plan: BasePlan, compute: ComputeSettings, seed: int, accelerator: Accelerator
+) -> int:
     """Generate class images until the folder has `settings.count`; returns how many were made.
 
     Image `i` has its own seed and name, so that the set is the same however it is split over batches and processes,
@@ -32,7 +35,10 @@ def ensure_class_images(settings: ClassSettings, plan: BasePlan, seed: int, acce
         return 0
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     dtype = generation_dtype(settings.precision, accelerator.device)
-    pipeline = load_pipeline(plan.location, plan.family, dtype, plan.options).to(accelerator.device)
+    pipeline = load_pipeline(
+        plan.location, plan.family, dtype, plan.options, quantize=compute.quantize, device=accelerator.device
+    )
+    place_pipeline(pipeline, plan.family, accelerator.device, offload=compute.offload)
     pipeline.set_progress_bar_config(disable=True)
     bar = tqdm(total=len(mine), desc="class images", disable=not accelerator.is_main_process)
     for start in range(0, len(mine), settings.batch):

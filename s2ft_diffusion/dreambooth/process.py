@@ -29,6 +29,7 @@ SHARDING = {
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.tuner.model")
+PER_LAYER = ("bitsandbytes.autograd._functions",)  # a warning in every forward pass of every layer
 
 
 def set_up_logging() -> None:
@@ -39,6 +40,8 @@ def set_up_logging() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in PER_LAYER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -147,12 +147,18 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Precision and memory; `mixed_precision` None is accelerate's own setting."""
+    """Precision and memory; `mixed_precision` None is accelerate's own setting.
+
+    `quantize` packs the frozen linear layers of denoiser and text encoders ("nf4", "int8" or "float8"), `offload` keeps
+    the denoiser's blocks in host memory, which takes gradient checkpointing.
+    """
 
     mixed_precision: str | None = None
     allow_tf32: bool = False
     xformers: bool = False
     gradient_checkpointing: bool = False
+    quantize: str | None = None
+    offload: bool = False
 
 
 @dataclass(frozen=True)

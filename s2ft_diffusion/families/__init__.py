@@ -1,6 +1,7 @@
 """What differs between base models, a file each, chosen by the class that `model_index.json` names.
 
-Every module of this package is one family, or two that are alike: a new one is found because it is here.
+Every module of this package is one family, or two that are alike, but for what they share: `family`, `objectives`,
+`loading`, `quantization` and `offloading`. A new one is found because it is here.
 """
 
 from __future__ import annotations

@@ -175,30 +175,47 @@ class Family:
         """Layers of a component that cannot change what is predicted, beside those that `targets.unreachable` knows."""
         return []
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        """Conditions of a prompt as `encode_prompt` gives them, of the usual sizes and with nothing in them: what an
+        estimate of memory goes by."""
+        raise NotImplementedError
+
     # With a loaded pipeline ------------------------------------------------------------------------------------------
 
     def __init__(
-        self, pipeline: DiffusionPipeline, *, max_tokens: int | None = None, guidance: float | None = None
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        max_tokens: int | None = None,
+        guidance: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self.pipeline = pipeline
+        """`device` is where the models work, by default where the denoiser is."""
+        self.pipeline, self._device = pipeline, device
         self.tokens = max_tokens or self.max_tokens
         self.guidance = self.sampling().guidance if guidance is None else guidance  # told to distilled denoisers
         if max_tokens is not None and self.max_tokens is None:
             for name in (encoder.replace("text_encoder", "tokenizer") for encoder in self.text_encoders):
                 getattr(pipeline, name).model_max_length = max_tokens
 
-    def free(self, *, autoencoder: bool, text_encoders: bool) -> None:
-        """Take from the device what training does without, now that it has encoded everything."""
+    def bring(self, *names: str) -> None:
+        """Bring components to the device that they work on, as far as the base has them."""
+        for name in names:
+            if getattr(self.pipeline, name, None) is not None:
+                getattr(self.pipeline, name).to(self.device)
+
+    def put_away(self, *names: str) -> None:
+        """Take components from the device, now that they have encoded everything."""
         if self.device.type == "cpu":
             return
-        names = [*(["vae"] if autoencoder else []), *(self.text_encoders if text_encoders else [])]
         for name in names:
             if getattr(self.pipeline, name, None) is not None:
                 getattr(self.pipeline, name).to("cpu")
         torch.cuda.empty_cache()
 
     def away(self) -> list[nn.Module]:
-        """The models that are not where the denoiser is, because training does without them."""
+        """The models that are not on the device, because training does without them."""
         models = [model for model in self.pipeline.components.values() if isinstance(model, nn.Module)]
         return [model for model in models if model.device != self.device]
 
@@ -208,7 +225,7 @@ class Family:
 
     @property
     def device(self) -> torch.device:
-        return self.pipeline.components[self.denoiser].device
+        return self._device or self.pipeline.components[self.denoiser].device
 
     def encode_prompt(self, prompt: str) -> Conditions:
         """What the denoiser is told of one prompt, by the pipeline's own `encode_prompt`, as for a batch of one."""

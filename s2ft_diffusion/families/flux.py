@@ -25,6 +25,14 @@ class Flux(Family):
             return "it is no text-to-image FLUX.1"
         return None
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        words, pooled = (configs["transformer"][name] for name in ("joint_attention_dim", "pooled_projection_dim"))
+        return {
+            "encoder_hidden_states": torch.zeros(1, cls.max_tokens, words),
+            "pooled_projections": torch.zeros(1, pooled),
+        }
+
     def encode_prompt(self, prompt: str) -> Conditions:
         words, pooled, _ = self.pipeline.encode_prompt(
             prompt, None, device=self.device, max_sequence_length=self.tokens

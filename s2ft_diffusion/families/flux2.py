@@ -29,6 +29,11 @@ class Flux2(Family):
 
         return compute_empirical_mu(shape[-2] * shape[-1], cls.sampling().steps)
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        words = torch.zeros(1, cls.max_tokens, configs["transformer"]["joint_attention_dim"])
+        return {"encoder_hidden_states": words, "txt_ids": torch.zeros(1, cls.max_tokens, 4, dtype=torch.int64)}
+
     def encode_prompt(self, prompt: str) -> Conditions:
         words, ids = self.pipeline.encode_prompt(prompt, device=self.device, max_sequence_length=self.tokens)
         return {"encoder_hidden_states": words, "txt_ids": ids}

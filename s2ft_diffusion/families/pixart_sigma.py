@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .family import Conditions
+from .family import Conditions, Configs
 from .stable_diffusion import NoiseFamily
 
 
@@ -17,6 +17,14 @@ class PixArtSigma(NoiseFamily):
     max_tokens = 300
     pack = 2
     call_options: ClassVar = {"use_resolution_binning": False}
+
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        words = torch.zeros(1, cls.max_tokens, configs["transformer"]["caption_channels"])
+        return {
+            "encoder_hidden_states": words,
+            "encoder_attention_mask": torch.ones(words.shape[:2], dtype=torch.int64),
+        }
 
     def encode_prompt(self, prompt: str) -> Conditions:
         words, mask, _, _ = self.pipeline.encode_prompt(

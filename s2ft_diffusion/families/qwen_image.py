@@ -29,6 +29,12 @@ class QwenImage(Family):
         latents = side // cls.scale(configs)
         return (configs["vae"]["z_dim"], latents, latents)
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        """A prompt of 64 tokens: they are as many as it has."""
+        words = torch.zeros(1, 64, configs["transformer"]["joint_attention_dim"])
+        return {"encoder_hidden_states": words, "encoder_hidden_states_mask": None}
+
     def encode_prompt(self, prompt: str) -> Conditions:
         words, mask = self.pipeline.encode_prompt(prompt, device=self.device, max_sequence_length=self.tokens)
         return {"encoder_hidden_states": words, "encoder_hidden_states_mask": mask}

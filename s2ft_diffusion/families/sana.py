@@ -33,6 +33,14 @@ class Sana(Family):
         steps, shift = config.get("num_train_timesteps", 1000), config.get("flow_shift", config.get("shift", 1.0))
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        words = torch.zeros(1, cls.max_tokens, configs["transformer"]["caption_channels"])
+        return {
+            "encoder_hidden_states": words,
+            "encoder_attention_mask": torch.ones(words.shape[:2], dtype=torch.int64),
+        }
+
     def encode_prompt(self, prompt: str) -> Conditions:
         defaults = self.call_defaults()
         words, mask, _, _ = self.pipeline.encode_prompt(

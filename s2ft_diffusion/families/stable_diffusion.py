@@ -47,6 +47,10 @@ class StableDiffusion(NoiseFamily):
     def multiple(cls, configs: Configs) -> int:
         return cls.scale(configs) * 2 ** (len(configs["unet"]["block_out_channels"]) - 1)
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        return {"encoder_hidden_states": torch.zeros(1, 77, configs["unet"]["cross_attention_dim"])}
+
     def encode_prompt(self, prompt: str) -> Conditions:
         return {"encoder_hidden_states": self.pipeline.encode_prompt(prompt, self.device, 1, False)[0]}
 

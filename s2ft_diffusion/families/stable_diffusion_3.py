@@ -25,6 +25,14 @@ class StableDiffusion3(Family):
         patch = configs["transformer"]["patch_size"]
         return super().dynamic_shift(configs, (shape[0], shape[1] // patch, shape[2] // patch))
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        words, pooled = (configs["transformer"][name] for name in ("joint_attention_dim", "pooled_projection_dim"))
+        return {
+            "encoder_hidden_states": torch.zeros(1, 77 + cls.max_tokens, words),
+            "pooled_projections": torch.zeros(1, pooled),
+        }
+
     def encode_prompt(self, prompt: str) -> Conditions:
         words, _, pooled, _ = self.pipeline.encode_prompt(
             prompt, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.tokens

@@ -45,6 +45,12 @@ class StableDiffusionXL(NoiseFamily):
         last = model.config.num_hidden_layers - 1
         return [name for name, _ in model.named_modules() if f"layers.{last}." in name]
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        unet = configs["unet"]
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        return {**StableDiffusion.blank_conditions(configs), "text_embeds": torch.zeros(1, pooled)}
+
     def encode_prompt(self, prompt: str) -> Conditions:
         words, _, pooled, _ = self.pipeline.encode_prompt(
             prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False

@@ -17,6 +17,11 @@ class ZImage(Family):
     def default_side(cls, configs: Configs) -> int:
         return 1024
 
+    @classmethod
+    def blank_conditions(cls, configs: Configs) -> Conditions:
+        """A prompt of 64 tokens: they are as many as it has."""
+        return {"words": [torch.zeros(64, configs["transformer"]["cap_feat_dim"])]}
+
     def encode_prompt(self, prompt: str) -> Conditions:
         words, _ = self.pipeline.encode_prompt(
             prompt, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.tokens

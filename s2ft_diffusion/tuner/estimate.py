@@ -62,7 +62,7 @@ def estimate_by_gradient(
     handles = []
     try:
         for name, layer in layers.items():
-            watch = _watch_weight if has_gradient(layer) else _watch_layer
+            watch = watch_weight if has_gradient(layer) else watch_layer
             handles.append(watch(bases[name], lambda gradient, name=name: collect(name, gradient)))
         for batch in batches:
             _backward(loss, batch)
@@ -80,7 +80,7 @@ def estimate_by_gradient(
     return total
 
 
-def _watch_weight(base: nn.Module, collect: Callable[[torch.Tensor], None]) -> Any:
+def watch_weight(base: nn.Module, collect: Callable[[torch.Tensor], None]) -> Any:
     """Collect a weight's gradient as it arrives, so that one layer's is alive at a time."""
 
     def hook(weight: torch.Tensor) -> None:
@@ -90,7 +90,7 @@ def _watch_weight(base: nn.Module, collect: Callable[[torch.Tensor], None]) -> A
     return base.weight.register_post_accumulate_grad_hook(hook)
 
 
-def _watch_layer(base: nn.Module, collect: Callable[[torch.Tensor], None]) -> Any:
+def watch_layer(base: nn.Module, collect: Callable[[torch.Tensor], None]) -> Any:
     """Collect what a weight's gradient would be from a layer's inputs and its outputs' gradients as they pass."""
     anchor = torch.zeros((), requires_grad=True, device=base.weight.device)
 

@@ -1,0 +1,178 @@
+"""How much memory a run is going to need, from the configs of its base alone: no weight is loaded, nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from ..families import Configs, Family
+from ..families.blank import (
+    AllocationTracker,
+    GPUPasses,
+    blank_family,
+    fill_blank,
+    pack_blank,
+    weight_bytes,
+)
+from ..families.offloading import transformer_blocks
+from ..tuner.estimate import watch_layer
+from ..tuner.layer import S2FTLayer, compute_dtype
+from .settings import ComputeSettings
+
+# Scratch space of cuBLAS and cuDNN, which PyTorch allocates once.
+LIBRARIES = 64 * 2**20
+# A process with PyTorch, diffusers and CUDA's libraries, in host memory.
+PROCESS = 3 * 2**30
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that training needs on the device, and in host memory beside the process.
+
+    `weights` of the frozen base, `trained` numbers with their optimizer state, `passes` at most (activations,
+    gradients, scratch), `prior` at most the passes of the estimate; `host` has what is offloaded, and the prior.
+    """
+
+    weights: int
+    trained: int
+    passes: int
+    prior: int
+    host: int
+
+    @property
+    def device(self) -> int:
+        """The most at any time."""
+        return self.weights + LIBRARIES + max(self.trained + self.passes, self.prior)
+
+
+def step_memory(
+    family: type[Family],
+    configs: Configs,
+    models: Mapping[str, nn.Module],
+    adapt: Callable[[str, nn.Module], Any],
+    shape: tuple[int, int, int],
+    batch: int,
+    dtype: torch.dtype,
+    compute: ComputeSettings,
+) -> StepMemory:
+    """What a step of training takes.
+
+    `models` are on "meta", without adapters, the denoiser under the family's name for it; `adapt` puts an adapter (any
+    of PEFT's) into one, given its name. `shape` is that of the latents, `dtype` the frozen weights'. They are changed.
+    """
+    autocast = dtype if dtype != torch.float32 else None
+    # Modes are off where a checkpointed block is computed again.
+    again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), GPUPasses(autocast))}
+    for name, model in models.items():
+        _in_dtype(model, dtype)
+        if compute.quantize:
+            pack_blank(model, compute.quantize, dtype)
+        adapt(name, model)
+        cast_training_params(model, dtype=torch.float32)
+        if compute.gradient_checkpointing and name == family.denoiser:
+            model.enable_gradient_checkpointing(lambda module, *args: checkpoint(module.__call__, *args, **again))
+        elif compute.gradient_checkpointing:
+            model.gradient_checkpointing_enable(again)
+        model.train(compute.gradient_checkpointing)
+    weights = sum(map(weight_bytes, models.values()))
+    host, moving = _offloaded(models[family.denoiser]) if compute.offload else (0, 0)
+    adapted = {n: m for model in models.values() for n, m in model.named_modules() if isinstance(m, S2FTLayer)}
+    with FakeTensorMode(allow_non_fake_inputs=True), GPUPasses(autocast):
+        for model in models.values():
+            fill_blank(model)
+        loss = step_loss(family, configs, models, shape, batch, dtype)
+        trained = [p for model in models.values() for p in model.parameters() if p.requires_grad]
+        passes, optimizer, step = _training_step(loss, trained)
+        prior = prior_passes(loss, adapted, trained) if adapted else 0
+    copies = sum(m.out_features * m.in_features * compute_dtype(m.get_base_layer()).itemsize for m in adapted.values())
+    return StepMemory(
+        weights=weights - host + moving,
+        trained=optimizer,
+        passes=max(passes, step - optimizer),
+        prior=prior,
+        host=host + copies,
+    )
+
+
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def _offloaded(denoiser: nn.Module) -> tuple[int, int]:
+    """Bytes of the blocks' frozen weights, and of the two that the device holds at a time."""
+    sizes = [
+        sum(p.numel() * p.element_size() for p in block.parameters() if not p.requires_grad)
+        for block in transformer_blocks(denoiser)
+    ]
+    return sum(sizes), max(a + b for a, b in zip(sizes, (*sizes[1:], 0), strict=True))
+
+
+def step_loss(
+    family: type[Family],
+    configs: Configs,
+    models: Mapping[str, nn.Module],
+    shape: tuple[int, int, int],
+    batch: int,
+    dtype: torch.dtype,
+) -> Callable[[], torch.Tensor]:
+    """A loss that takes as much memory as training's, of images and words with nothing in them."""
+    base = blank_family(family, configs, models)
+    with unset_fake_temporarily(), torch.device("cpu"):  # to collate them takes looking at them
+        words = base.collate([family.blank_conditions(configs)] * batch)
+    conditions = tree_map(lambda x: _blank(x, dtype) if isinstance(x, torch.Tensor) else x, words)
+    noisy, timesteps = torch.zeros(batch, *shape), torch.zeros(batch)
+
+    def loss() -> torch.Tensor:
+        error = (base.predict(models[family.denoiser], noisy, timesteps, conditions).float() - noisy).square().mean()
+        for name, model in models.items():
+            if name != family.denoiser:
+                ids = torch.zeros(batch, model.config.max_position_embeddings, dtype=torch.int64)
+                error = error + model(input_ids=ids).last_hidden_state.float().mean()
+        return error
+
+    return loss
+
+
+def _blank(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _training_step(loss: Callable[[], torch.Tensor], trained: list[nn.Parameter]) -> tuple[int, int, int]:
+    """At most within the passes, what the optimizer keeps, and at most within its step."""
+    with AllocationTracker() as tracker:
+        torch.autograd.backward(loss())  # not by `Tensor.backward`, within which `GPUPasses` would be off
+        passes, tracker.peak = tracker.peak, tracker.now
+        before = tracker.now
+        optimizer = torch.optim.AdamW(trained, foreach=True)
+        optimizer.step()
+        step = tracker.peak - before
+        kept = sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+        optimizer.zero_grad()
+    return passes, kept, step
+
+
+def prior_passes(loss: Callable[[], torch.Tensor], layers: Mapping[str, S2FTLayer], trained: list[nn.Parameter]) -> int:
+    """At most within a pass of the estimate: one layer's gradient at a time, beside what its inputs take."""
+    handles = [watch_layer(layer.get_base_layer(), lambda gradient: None) for layer in layers.values()]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    for layer in layers.values():
+        layer._disable_adapters = True
+    try:
+        with AllocationTracker() as tracker:
+            torch.autograd.backward(loss())  # not by `Tensor.backward`, within which `GPUPasses` would be off
+        return tracker.peak
+    finally:
+        for handle in handles:
+            handle.remove()
