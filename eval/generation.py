@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from s2ft_diffusion import toybox
 from s2ft_diffusion.dreambooth.base import find_family
-from s2ft_diffusion.dreambooth.base import load_pipeline as pipeline_of
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.settings import BaseSettings
 from s2ft_diffusion.families import FAMILIES, Family
+from s2ft_diffusion.families.loading import load_pipeline as pipeline_of
 from s2ft_diffusion.tuner.seeding import seeded
 
 
