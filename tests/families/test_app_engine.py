@@ -14,7 +14,13 @@ def test_images_previews_and_stopping(saved, name) -> None:
     side = SIDE.get(name, 16)
     engine = Engine(str(saved(name)), pipelines=2, side=side)
     previews: list[Image.Image] = []
-    settings = Settings(prompt="a photo of sks dog", steps=2, guidance=engine.family.sampling().guidance, seed=1)
+    settings = Settings(
+        prompt="a photo of sks dog",
+        steps=2,
+        guidance=engine.family.sampling().guidance,
+        seed=1,
+        scheduler=engine.schedulers[0],
+    )
     listener = Listener(on_step=lambda done, total, preview: previews.append(preview()))
     (image,) = engine.generate(settings, None, listener)
     assert image.size == (side, side)
