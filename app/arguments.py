@@ -8,6 +8,11 @@ from pathlib import Path
 
 import torch
 
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.families import FAMILIES
+from s2ft_diffusion.families.loading import check_offload
+from s2ft_diffusion.families.quantization import QUANTIZATIONS, check_quantization
+
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,11 +27,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--base",
         default="toybox",
-        help="hub id or folder of a base of any known family, or 'toybox' or 'toybox-flow', the embedded ones",
+        help="hub id or folder of a base, or 'toybox' or 'toybox-flow', the embedded ones; known pipelines: "
+        + ", ".join(sorted(FAMILIES)),
     )
     add("--adapters", nargs="*", default=[], help="folders, files and hub ids of adapters")
     add("--outputs", type=Path, default=ROOT / "outputs" / "app", help="where images, uploads and trainings are kept")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to generate")
+    add("--quantize", choices=QUANTIZATIONS, help="hold the base's linear layers in 4 or 8 bits")
+    add("--offload", action="store_true", help="keep the base's blocks in host memory; they visit the device in turn")
     add("--dtype", choices=tuple(DTYPES), help="by default float32 on a CPU, float16 elsewhere")
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network")
@@ -48,6 +56,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("concurrency", "max_queue", "max_upload_mb"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    try:
+        if args.quantize:
+            check_quantization(args.quantize)
+        if args.offload:
+            check_offload(args.quantize)
+    except InputError as error:
+        parser.error(str(error))
+    if args.concurrency > 1 and (args.quantize or args.offload):
+        parser.error("--concurrency must be 1 with --quantize or --offload: the base's models are not copied")
     args.dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if args.device == "cpu" else torch.float16
     try:
         args.outputs.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,8 @@ from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.prompts import lost_words, read_windows
 from s2ft_diffusion.dreambooth.settings import BaseSettings
 from s2ft_diffusion.families import FAMILIES, Family, Sampling
-from s2ft_diffusion.families.loading import load_pipeline
+from s2ft_diffusion.families.loading import load_pipeline, place_pipeline
+from s2ft_diffusion.families.quantization import Quantization
 from s2ft_diffusion.pipelines.attach import adaptable_components
 
 from . import limits
@@ -164,8 +165,13 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         pipelines: int = 1,
         side: int | None = None,
+        quantize: Quantization | None = None,
+        offload: bool = False,
     ) -> None:
+        if pipelines > 1 and (quantize or offload):
+            raise ValueError("A quantised or offloaded base has one pipeline: its models are not copied.")
         self.base, self.device, self.dtype, self.side = base, device, dtype, side
+        self.quantize, self.offload = quantize, offload
         self._workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         # Generations run in these threads, and so does loading: OpenMP gives each thread that ever computes a pool of
         # its own, and with more of them than there are cores it makes all of them wait less eagerly (a quarter slower).
@@ -181,8 +187,8 @@ class Engine:
         )
 
     def _load(self, pipelines: int) -> DiffusionPipeline:
-        first = load_base(self.base, self.device, self.dtype)
-        self.preview = ColourMap(FAMILIES[type(first).__name__](first))
+        first = load_base(self.base, self.device, self.dtype, self.quantize, offload=self.offload)
+        self.preview = ColourMap(FAMILIES[type(first).__name__](first, device=torch.device(self.device)))
         for number in range(pipelines):
             self._workers.put(Worker(first if number == 0 else _copy(first)))
         return first
@@ -234,7 +240,7 @@ class Engine:
             except (AdapterFileError, OSError) as error:
                 message = plain(str(error), *(entry.path for entry, _ in wanted))
                 raise RequestError(f"The adapter cannot be used: {message}") from None
-            words = _encode(self.family(worker.pipe), settings)
+            words = _encode(self.family(worker.pipe, device=torch.device(self.device)), settings)
             number, total = 0, settings.images * settings.steps
 
             def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict:
@@ -297,15 +303,17 @@ def _out_of_memory(error: BaseException) -> bool:
     return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def load_base(base: str, device: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A pipeline of the base, quiet; raises OSError where it cannot be loaded."""
+def load_base(
+    base: str, device: str, dtype: torch.dtype, quantize: Quantization | None = None, *, offload: bool = False
+) -> DiffusionPipeline:
+    """A pipeline of the base on its device, quiet; raises OSError where it cannot be loaded."""
     try:
         family, _ = find_family(BaseSettings(base))
-        pipe = load_pipeline(toybox.resolve(base), family, dtype)
+        pipe = load_pipeline(toybox.resolve(base), family, dtype, quantize=quantize, device=device)
     except InputError as error:
         raise OSError(str(error)) from None
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return place_pipeline(pipe, family, device, offload=offload)
 
 
 def _copy(pipe: DiffusionPipeline) -> DiffusionPipeline:

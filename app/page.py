@@ -52,7 +52,10 @@ def weights_words(engine: Engine) -> str:
     """How much memory the base's weights take, and where."""
     size = engine.weights_bytes
     words = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-    return f"{words} of weights on the {'CPU' if engine.device == 'cpu' else 'GPU'}"
+    packed = f" in {engine.quantize}" if engine.quantize else ""
+    if engine.offload:
+        return f"{words} of weights{packed}, offloaded to host memory"
+    return f"{words} of weights{packed} on the {'CPU' if engine.device == 'cpu' else 'GPU'}"
 
 
 class Page:

@@ -38,15 +38,23 @@ def build(args: argparse.Namespace) -> tuple[gr.Blocks, App]:
         lock.acquire(timeout=0)
     except Timeout:
         raise OSError(f"another app is using {outputs}; choose another --outputs.") from None
-    engine = Engine(args.base, device=args.device, dtype=args.dtype, pipelines=args.concurrency)
+    engine = Engine(
+        args.base,
+        device=args.device,
+        dtype=args.dtype,
+        pipelines=args.concurrency,
+        quantize=args.quantize,
+        offload=args.offload,
+    )
     sources = list(args.adapters)
     if not sources and toybox.is_embedded(args.base):
         sources = [str(folder) for folder in (MADE_BY_DEMO, DEMO_ADAPTERS) if folder.is_dir()]
     library = Library(sources, outputs / "adapters", engine.components, args.base)
     trainings = None
     if not args.no_training:
+        flags = [*(["--quantize", args.quantize] if args.quantize else []), *(["--offload"] if args.offload else [])]
         trainings = TrainingQueue(
-            outputs / "trainings", args.base, lambda path: library.add(path).id, device=args.device
+            outputs / "trainings", args.base, lambda path: library.add(path).id, device=args.device, flags=flags
         )
     app = App(engine, library, History(base_folder(outputs / "history", args.base)), trainings, lock)
     blocks = Page(app, concurrency=args.concurrency).build()

@@ -111,10 +111,21 @@ def store_photos(paths: Sequence[Path], folder: Path, captions: Sequence[str] = 
 
 
 class TrainingQueue:
-    """Jobs under `folder`; `finished(path)` is told of every new adapter and returns its id."""
+    """Jobs under `folder`; `finished(path)` is told of every new adapter and returns its id.
 
-    def __init__(self, folder: Path, base: str, finished: Callable[[Path], str], *, device: str = "cpu") -> None:
-        self.folder, self.base, self.finished, self.device = folder, base, finished, device
+    `flags` are further ones for the trainer.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base: str,
+        finished: Callable[[Path], str],
+        *,
+        device: str = "cpu",
+        flags: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.base, self.finished, self.device, self.flags = folder, base, finished, device, tuple(flags)
         self.jobs: dict[str, Job] = {}
         self._wake = threading.Condition()
         self._child: tuple[str, subprocess.Popen] | None = None
@@ -260,6 +271,7 @@ class TrainingQueue:
             "--validation_epochs", str(math.ceil(job.steps / (4 * len(list(photos.glob("*.png")))))),
             "--adapter_dtype", "float16",
             "--report_to", "none",
+            *self.flags,
         ]  # fmt: skip
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         if self.device == "cpu":

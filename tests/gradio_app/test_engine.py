@@ -13,7 +13,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops
 
+from app.arguments import parse_arguments
 from app.engine import SCHEDULERS, Cancelled, Engine, Listener, Settings, _encode
+from app.library import Library
 from app.limits import RequestError
 from tests.gradio_app.conftest import settings
 
@@ -171,3 +173,34 @@ def test_requests_are_bounded(values, match) -> None:
 def test_damaged_settings_are_refused(text) -> None:
     with pytest.raises(RequestError, match="cannot be used"):
         Settings.from_json(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"offload": True}, {"quantize": "nf4"}], ids=["offloaded", "nf4"])
+def test_a_base_that_is_packed_or_offloaded(adapters, engine, tmp_path, options) -> None:
+    """Adapters come and go as on any other; offloading changes no image, packing takes less memory."""
+    if "quantize" in options:
+        pytest.importorskip("bitsandbytes")
+    packed = Engine("toybox", **options)
+    library = Library([str(adapters)], tmp_path / "own", packed.components, "toybox")
+    cat = next(entry.id for entry in library.search() if entry.name == "cat")
+    alone, with_cat, again = (
+        packed.generate(settings(*chosen, steps=2), library)[0] for chosen in ((), ((cat, 1.0),), ())
+    )
+    assert same(alone, again)
+    assert not same(alone, with_cat)
+    if "offload" in options:
+        assert same(with_cat, engine.generate(settings((cat, 1.0), steps=2), library)[0])
+        assert packed.weights_bytes == engine.weights_bytes
+    else:
+        assert packed.weights_bytes < 0.8 * engine.weights_bytes
+    packed.threads.shutdown()
+
+
+@pytest.mark.parametrize("flags", [["--offload"], ["--quantize", "nf4"]], ids=["offload", "nf4"])
+def test_a_packed_base_has_one_pipeline(flags, tmp_path, capsys) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(SystemExit) as end:
+        parse_arguments([*flags, "--concurrency", "2", "--outputs", str(tmp_path)])
+    assert end.value.code == 2
+    assert "--concurrency must be 1 with --quantize or --offload" in capsys.readouterr().err
