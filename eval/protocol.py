@@ -15,6 +15,7 @@ from PIL import Image
 
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.folders import check_apart
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
@@ -170,6 +171,7 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
             if path.is_dir() and path.name in classes
         }
         for subject in known.values():
+            check_apart({f"the photos of {subject.name}": subject.photos}, {"--output_dir": args.output_dir})
             find_images(subject.photos)
         if len(known) < 2:
             raise InputError(f"{args.subjects_dir}: fewer than two folders are named as subjects of {args.prompts}.")

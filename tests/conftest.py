@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from s2ft_diffusion import AdapterInfo, S2FTConfig, attention_targets, toybox
 from s2ft_diffusion.adapters.file import Adapter
 from s2ft_diffusion.tuner.seeding import seeded
+from tests import training_process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,6 +99,7 @@ def tiny_base(_tiny, tmp_path_factory) -> Path:
     """A folder with the tiny base: what a training in a test starts from."""
     folder = tmp_path_factory.mktemp("base")
     pipeline_of(_tiny).save_pretrained(folder)
+    training_process.BASE = str(folder)
     return folder
 
 

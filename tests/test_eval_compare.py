@@ -26,9 +26,11 @@ from eval.protocol import Subject, find_subjects, make_quick
 from eval.rates import STEP, best_rate, next_rate
 from eval.statistics import mean_and_error, paired_difference
 from eval.training import Run, Session, held_out_loss, peak_memory, train
+from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.pipelines.targets import attention_targets
 from s2ft_diffusion.toybox.subjects import SUBJECTS, write_photos
 from s2ft_diffusion.toybox.world import BACKGROUNDS
+from tests.training_process import TORCHRUN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -298,7 +300,7 @@ def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
     method = ["--methods", "s2ft-default", "--subjects", "mittens", "salty"]
     command = [sys.executable, "-m", "eval", *arguments(alone, *method)]
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/two_evaluations.py"]
+    command = [*TORCHRUN, "tests/two_evaluations.py"]
     subprocess.run([*command, str(tmp_path), *arguments(shared, *method)], check=True, env=environment, cwd=ROOT)
     found, scores = [], []
     for folder in (alone, shared):
@@ -345,7 +347,7 @@ def test_a_rate_cannot_be_chosen_by_the_only_photo(tmp_path, capsys) -> None:
 def test_a_subject_that_would_not_be_read_is_refused(tmp_path, capsys, command) -> None:
     given = ["--output_dir", str(tmp_path), "--subjects", "mittens", "--token", "very " * 40 + "sks"]
     assert main([command, *given]) == 2
-    assert "sks cat' at its end would not be read" in capsys.readouterr().err
+    assert "at its end would not be read" in capsys.readouterr().err
     assert not (tmp_path / "cells").exists()
 
 
@@ -358,6 +360,9 @@ def test_subjects_of_dreambench_as_distributed(tmp_path, monkeypatch) -> None:
     args = Namespace(subjects_dir=tmp_path, prompts=None, development=None, subjects=None, output_dir=tmp_path / "out")
     development, subjects = find_subjects(args)
     assert [(s.name, s.class_name) for s in (*development, *subjects)] == [("dog6", "dog"), ("rc_car", "toy")]
+    args.output_dir = tmp_path / "dog6" / "." / ".." / "dog6"
+    with pytest.raises(InputError, match="--output_dir and the photos of dog6 are one folder"):
+        find_subjects(args)
 
 
 def test_every_variant_of_the_ablation_is_one_of_its_own() -> None:

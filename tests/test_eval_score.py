@@ -20,6 +20,7 @@ from eval.scores import Scores, contact_sheet, markdown
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
 from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.toybox.subjects import write_photos
+from tests.training_process import TORCHRUN
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = ROOT / "app" / "adapters" / "widget.safetensors"
@@ -139,7 +140,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     command = [sys.executable, "-m", "eval", *options, "--output_dir", str(alone)]
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/two_evaluations.py"]
+    command = [*TORCHRUN, "tests/two_evaluations.py"]
     command += [str(tmp_path), *options, "--output_dir", str(shared)]
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     assert (shared / "scores.json").read_text() == (alone / "scores.json").read_text()

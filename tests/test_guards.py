@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from diffusers import AnimateDiffPipeline, ControlNetModel, MotionAdapter, StableDiffusionPipeline
@@ -203,6 +206,18 @@ def test_deleting_the_last_adapter_leaves_no_trace(pipe, folder, tmp_path) -> No
     assert torch.equal(generate(pipe), expected)
     pipe.unet.delete_adapters("s2ft_0")
     assert same_state(pipe, before)
+
+
+def test_a_deleted_adapter_holds_no_memory(pipe, folder, tmp_path) -> None:
+    pipe.load_s2ft_weights(folder[0], adapter_name="a")
+    pipe.load_s2ft_weights(second_folder(copy_of(pipe), tmp_path), adapter_name="b")
+    pipe.set_adapters(["a", "b"])
+    generate(pipe)
+    held = [weakref.ref(t) for layer in layers(pipe) for t in layer.s2ft_delta["a"].state_dict(keep_vars=True).values()]
+    assert len(held) > len(layers(pipe))
+    pipe.delete_adapters("a")
+    gc.collect()
+    assert not [ref for ref in held if ref() is not None]
 
 
 def test_models_made_of_an_adapted_one(pipe, folder) -> None:

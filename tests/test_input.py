@@ -122,6 +122,9 @@ def fresh():
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "dynamo backend INDUCTOR"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
         ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+        ("ACCELERATE_USE_TP", "1", "tensor parallelism"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "several dimensions"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "accelerate"),
     ],
 )

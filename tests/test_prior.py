@@ -6,7 +6,6 @@ import copy
 import os
 import signal
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from s2ft_diffusion import S2FTConfig, estimate_prior, initialize_s2ft_weights
 from s2ft_diffusion.tuner import estimate as estimates
 from s2ft_diffusion.tuner.prior import place_from_prior, s2ft_layers
 from tests.conftest import ROOT, TwoLayers
+from tests.training_process import TORCHRUN
 
 STEP = 0.05
 
@@ -421,10 +421,8 @@ def test_two_processes_equal_one(tmp_path: Path, two_layers) -> None:
     """Averaged gradients of two processes, that need not arrive in one order nor at all, are those of both batches."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(ROOT / "tests" / "two_priors.py"), str(tmp_path)],
-        check=True, capture_output=True, env=environment, cwd=ROOT,
-    )  # fmt: skip
+        [*TORCHRUN, "tests/two_priors.py", str(tmp_path)], check=True, capture_output=True, env=environment, cwd=ROOT
+    )
     from tests.two_priors import branching, data, new_model
 
     both = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]

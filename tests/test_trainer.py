@@ -1,61 +1,30 @@
-"""The trainer by its command line, on the embedded base."""
+"""The trainer by its command line: what it makes, with its options."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter
 from s2ft_diffusion.adapters.lora_files import LORA_NAME, read_lora
-from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
-from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
-from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.prompts import check_prompts, lost_words, read_windows
 from s2ft_diffusion.dreambooth.publish import class_words
 from tests.conftest import ROOT, SHARED, assert_trained_alike, generate
-from tests.training_process import ENVIRONMENT, Training, train
+from tests.training_process import ENVIRONMENT, TORCHRUN, arguments, train, train_here
 
-BASE = "toybox"
+pytestmark = pytest.mark.usefixtures("tiny_base")
 TOYBOX = ("--pretrained_model_name_or_path", "toybox")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _base(tiny_base) -> None:
-    """Runs start from the tiny base unless a test says another one."""
-    global BASE
-    BASE = str(tiny_base)
-
-
-def arguments(photos: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "--pretrained_model_name_or_path", BASE, "--instance_dir", str(photos), "--output_dir", str(output),
-        "--targets", "qv", "--n_frequency", "200", "--estimate_draws", "1", "--report_to", "none", *more,
-    ]  # fmt: skip
 
 
 def run(photos: Path, output: Path, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "train_dreambooth_s2ft.py", *arguments(photos, output, *more)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
-
-
-def train_here(photos: Path, output: Path, *more: str) -> Path:
-    """Run the recipe in this process; returns the adapter's path."""
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
-    PartialState._reset_state()
-    recipe.main(arguments(photos, output, *more))
-    return output / WEIGHTS_NAME
 
 
 @pytest.mark.slow
@@ -117,38 +86,6 @@ def test_words_of_the_class(prompts, words) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_and_resumed_is_bit_identical(photos, tmp_path) -> None:
-    flags = ("--max_train_steps", "12", "--checkpointing_steps", "2", "--gradient_accumulation_steps", "2",
-             "--lr_scheduler", "cosine", "--random_flip", "--checkpoints_total_limit", "2")  # fmt: skip
-    train(arguments(photos, tmp_path / "whole", *flags), tmp_path / "log")
-    killed = tmp_path / "killed"
-    resuming = arguments(photos, killed, *flags, "--resume_from_checkpoint", "latest")
-    for step in (2, 6, 10):
-        training = Training(resuming, tmp_path / "log")
-        training.wait_until((killed / f"checkpoint-{step}").exists)
-        time.sleep(0.005 * step)  # somewhere in the steps after it, or in writing the next checkpoint
-        training.kill()
-        assert any(int(path.name.removeprefix("checkpoint-")) >= step for path in list_checkpoints(killed))
-    done = train([*resuming, "--estimate_draws", "3"], tmp_path / "log")
-    assert "Resuming from" in done.said
-    assert json.loads((killed / "training.json").read_text())["estimate_draws"] == 1  # as it was made
-    assert "estimate: " not in done.said  # order and positions are the checkpoint's
-    assert (killed / WEIGHTS_NAME).read_bytes() == (tmp_path / "whole" / WEIGHTS_NAME).read_bytes()
-    assert len(list(killed.glob("checkpoint-*"))) == 2
-
-
-@pytest.mark.slow
-def test_control_c_saves_a_checkpoint(photos, tmp_path) -> None:
-    flags = ("--max_train_steps", "5000", "--checkpointing_steps", "5000")
-    training = Training(arguments(photos, tmp_path / "out", *flags), tmp_path / "log")
-    training.wait_until(lambda: "loss=" in training.said)
-    assert training.kill(signal.SIGINT) == 130, training.said
-    assert "--resume_from_checkpoint latest" in training.said
-    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
-    assert read_adapter(checkpoint / WEIGHTS_NAME).trainable == 28 * 14 * 14
-
-
-@pytest.mark.slow
 def test_two_processes_equal_one(photos, tmp_path) -> None:
     """All ranks hold the same adapter, and two processes with batch 1 train what one trains with batch 2.
 
@@ -156,9 +93,7 @@ def test_two_processes_equal_one(photos, tmp_path) -> None:
     an order may then end elsewhere.
     """
     flags = ("--max_train_steps", "4", "--learning_rate", "1e-3", "--train_text_encoder")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-               "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "tests/two_processes.py",
-               str(tmp_path), *arguments(photos, tmp_path / "two", *flags)]  # fmt: skip
+    command = [*TORCHRUN, "tests/two_processes.py", str(tmp_path), *arguments(photos, tmp_path / "two", *flags)]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -261,29 +196,6 @@ def test_same_seed_same_file_other_seed_other_file(photos, tmp_path, monkeypatch
     assert files[0] != files[2]
 
 
-def test_a_run_that_goes_on_from_an_early_checkpoint_keeps_its_own(photos, tmp_path) -> None:
-    output = tmp_path / "out"
-    flags = ("--max_train_steps", "6", "--checkpointing_steps", "2")
-    train_here(photos, output, *flags)
-    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    more = ("--resume_from_checkpoint", "checkpoint-2", "--checkpoints_total_limit", "2", "--max_train_steps", "4")
-    train_here(photos, output, *flags, *more)
-    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-6", "checkpoint-4"]  # the newest last
-
-
-def test_what_a_failed_start_leaves_alone(photos, tmp_path, monkeypatch) -> None:
-    flags = ("--max_train_steps", "2", "--checkpointing_steps", "1")
-    train_here(photos, tmp_path / "out", *flags)
-
-    def broken(*args):
-        raise InputError("the base is damaged")
-
-    monkeypatch.setattr(recipe, "load_base", broken)
-    with pytest.raises(InputError, match="damaged"):
-        train_here(photos, tmp_path / "out", *flags, "--overwrite_output_dir")
-    assert len(list_checkpoints(tmp_path / "out")) == 2
-
-
 def test_the_card_shows_the_samples_of_its_run(photos, tmp_path) -> None:
     output, sampling = tmp_path / "out", ("--validation_prompt", "a photo of sks dog", "--num_validation_images", "1")
     train_here(photos, output, "--max_train_steps", "1", *sampling)
@@ -328,147 +240,6 @@ def test_gradient_checkpointing_reaches_the_text_encoder(photos, tmp_path, monke
     assert encoders[0].training  # in evaluation transformers does without
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch) -> None:
-    calls = []
-
-    class Breaking(recipe.DiffusionLoss):
-        def __call__(self, samples):
-            calls.append(1)
-            value = super().__call__(samples)
-            return value * float("nan") if len(calls) > 3 + 4 else value  # 3 estimate draws, 4 good steps
-
-    monkeypatch.setattr(recipe, "DiffusionLoss", Breaking)
-    with pytest.raises(recipe.Diverged, match=r"not finite at step 5.*checkpoint-4"):
-        train_here(photos, tmp_path / "out", "--max_train_steps", "9", "--checkpointing_steps", "2")
-    assert read_adapter(tmp_path / "out" / "checkpoint-4" / WEIGHTS_NAME).trainable == 28 * 14 * 14
-    assert not (tmp_path / "out" / WEIGHTS_NAME).exists()
-
-
-# Bad input -----------------------------------------------------------------------------------------------------------
-
-
-def bad(photos: Path, output: Path, *more: str) -> str:
-    """The message with which the recipe refuses, before it loads a model."""
-    loaded = []
-    before = recipe.load_base
-    recipe.load_base = lambda *args: loaded.append(1)
-    try:
-        with pytest.raises(InputError) as caught:
-            train_here(photos, output, *more)
-    finally:
-        recipe.load_base = before
-    assert not loaded
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_bad_input_is_one_line_and_exit_code_two(photos, tmp_path) -> None:
-    for folder, *flags in ((tmp_path / "nothing",), (tmp_path,), (photos, "--no_such_flag")):
-        training = Training(arguments(folder, tmp_path / "out", *flags), tmp_path / "log")
-        assert training.wait() == 2
-        assert training.said.splitlines()[-1].startswith("train_dreambooth_s2ft.py: error: ")
-        assert training.said.count("error: ") == 1
-        assert "Traceback" not in training.said
-
-
-def test_refuses_images(photos, tmp_path) -> None:
-    classes = tmp_path / "classes"
-    classes.mkdir()
-    (classes / "notes.txt").write_text("not an image")
-    more = ("--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt", "a dog")
-    assert "notes.txt" in bad(photos, tmp_path / "out", *more)
-    (photos / "9.jpg").write_bytes(b"not an image")
-    assert "9.jpg" in bad(photos, tmp_path / "out")
-
-
-def test_refuses_output_folders(photos, tmp_path) -> None:
-    (tmp_path / "file").touch()
-    assert "cannot be written" in bad(photos, tmp_path / "file" / "out")
-    train_here(photos, tmp_path / "out", "--max_train_steps", "1", "--checkpointing_steps", "1")
-    message = bad(photos, tmp_path / "out", "--max_train_steps", "2")
-    assert "--resume_from_checkpoint latest" in message
-    assert "--overwrite_output_dir" in message
-    more = ("--resume_from_checkpoint", "latest", "--seed", "5", "--n_frequency", "100")
-    assert "--seed 5 (was 0)" in bad(photos, tmp_path / "out", *more)
-    two = ("--resume_from_checkpoint", "latest", "--max_train_steps", "2")
-    train_here(photos, tmp_path / "two", "--max_train_steps", "2", "--checkpointing_steps", "2")
-    assert "after step 2" in bad(photos, tmp_path / "two", *two[:-1], "1")
-    (photos / "0.png").write_bytes((photos / "1.png").read_bytes())  # another photo under the same name
-    assert "other photos: 0.png differ" in bad(photos, tmp_path / "two", *two)
-    (tmp_path / "two" / "checkpoint-2" / "optimizer.bin").unlink()
-    (tmp_path / "two" / "checkpoint-2" / "training_state.json").write_text("{")
-    assert "damaged" in bad(photos, tmp_path / "two", *two)
-    assert "no checkpoint" in bad(photos, tmp_path / "out", "--resume_from_checkpoint", "checkpoint-77")
-    train_here(photos, tmp_path / "out", "--max_train_steps", "1", "--overwrite_output_dir")
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
-
-
-@pytest.mark.parametrize(
-    ("more", "match"),
-    [
-        (("--n_frequency", "40000"), "unet."),
-        (("--tokenizer_max_length", "100"), "more than the 32 tokens that the base's text_encoder reads"),
-        (("--instance_prompt", "a photo of " + 40 * "very " + "good sks dog"), "sks dog' at its end would not be read"),
-        (("--validation_prompt", 40 * "very " + "sks"), "--validation_prompt is too long"),
-        (("--resolution", "61"), "multiple of 4"),
-        (("--pretrained_model_name_or_path", "/no/such/folder"), "toybox"),
-        (("--pretrained_model_name_or_path", "someone/no-such-model"), "--pretrained_model_name_or_path FOLDER"),
-        (("--with_prior_preservation",), "--class_data_dir"),
-        (("--class_prompt", "a dog"), "--with_prior_preservation"),
-        (("--train_text_encoder", "--pre_compute_text_embeddings"), "contradict"),
-        (("--resume_from_checkpoint", "latest", "--overwrite_output_dir"), "contradict"),
-        (("--max_train_steps", "5", "--num_train_epochs", "2"), "contradict"),
-        (("--max_train_steps", "0"), "at least 1"),
-        (("--learning_rate", "-1"), "above 0"),
-        (("--adam_beta2", "1.0"), "adam_beta2"),
-        (("--adam_weight_decay", "-1"), "negative"),
-        (("--adam_epsilon", "0"), "above 0"),
-        (("--snr_gamma", "0"), "above 0"),
-        (("--lr_scheduler", "polynomial", "--learning_rate", "1e-8"), "polynomial"),
-        (("--push_to_hub", "--hub_model_id", "my dog"), "--hub_model_id"),
-        (("--mixed_precision", "fp16"), "bf16"),
-        (("--report_to", "carrier_pigeon"), "report_to"),
-        (("--n_frequency", "1.5"), "n_frequency"),
-        (("--save_lora", "-1"), "rank of at least 1"),
-        (("--preset", "paper", "--save_lora"), "positions are free"),
-    ],
-    ids=lambda value: value[0].strip("-") if isinstance(value, tuple) else "",
-)
-def test_refuses_flags(photos, tmp_path, more, match) -> None:
-    assert match in bad(photos, tmp_path / "out", *more)
-
-
-@pytest.mark.parametrize(
-    ("flag", "package"),
-    [("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers")],
-)
-def test_refuses_what_is_not_installed(photos, tmp_path, monkeypatch, flag, package) -> None:
-    installed = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda n, *a: None if n == package else installed(n, *a))
-    assert f"pip install {package}" in bad(photos, tmp_path / "out", f"--{flag}")
-
-
-def test_the_default_base_is_named_with_the_ways_out(photos, tmp_path) -> None:
-    command = ["--instance_dir", str(photos), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(InputError, match="toybox") as caught:
-        recipe.main(command)
-    assert "stable-diffusion-v1-5" in str(caught.value)
-
-
-def test_diffusers_spelling_of_the_folder(photos) -> None:
-    assert parse_arguments(["--instance_data_dir", str(photos)]).photos.folder == photos
-    flags = {option for action in build_parser()._actions for option in action.option_strings}
-    theirs = """instance_data_dir class_data_dir instance_prompt class_prompt validation_prompt num_validation_images
-    validation_epochs with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution center_crop
-    train_text_encoder train_batch_size sample_batch_size num_train_epochs max_train_steps checkpointing_steps
-    checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps gradient_checkpointing learning_rate
-    scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay
-    adam_epsilon max_grad_norm push_to_hub hub_token hub_model_id logging_dir allow_tf32 report_to mixed_precision
-    prior_generation_precision enable_xformers_memory_efficient_attention pre_compute_text_embeddings
-    tokenizer_max_length pretrained_model_name_or_path revision variant""".split()
-    assert {f"--{name}" for name in theirs} <= flags
-
-
 @pytest.mark.skipif(not (SHARED / "dreambooth" / "cat").is_dir(), reason="needs the real photos beside the project")
 @pytest.mark.slow
 def test_real_photos(tmp_path, toybox_pipe) -> None:
@@ -489,16 +260,3 @@ def test_real_photos(tmp_path, toybox_pipe) -> None:
     base = generate(pipe)
     pipe.load_s2ft_weights(path)
     assert not torch.equal(generate(pipe), base)
-
-
-def test_words_that_are_lost_are_said(photos, tmp_path, tiny_base, caplog) -> None:
-    settings = parse_arguments(
-        [*arguments(photos, tmp_path), "--instance_prompt", "a photo of sks dog",
-         "--validation_prompt", "sks dog " + 40 * "very " + "happy"]
-    )  # fmt: skip
-    windows = read_windows(settings.base)
-    assert [window for _, window in windows] == [32]
-    assert lost_words("a photo of sks dog", windows) == ""
-    assert lost_words("sks dog " + 40 * "very " + "happy", windows).endswith("happy")
-    check_prompts(settings)
-    assert "--validation_prompt is too long" in caplog.text

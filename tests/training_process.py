@@ -15,10 +15,37 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+BASE = "toybox"  # the tiny base, once a test has asked for its fixture
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# Two processes that find each other however busy the machine is.
+TORCHRUN = (
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+    "--rdzv_conf", "read_timeout=900,keep_alive_max_attempt=200",
+)  # fmt: skip
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["train_dreambooth_s2ft"])
+
+
+def arguments(photos: Path, output: Path, *more: str) -> list[str]:
+    """The command line of a small training."""
+    return [
+        "--pretrained_model_name_or_path", BASE, "--instance_dir", str(photos), "--output_dir", str(output),
+        "--targets", "qv", "--n_frequency", "200", "--estimate_draws", "1", "--report_to", "none", *more,
+    ]  # fmt: skip
+
+
+def train_here(photos: Path, output: Path, *more: str) -> Path:
+    """Run the recipe in this process; returns the adapter's path."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    import train_dreambooth_s2ft as recipe
+
+    for state in (AcceleratorState, GradientState):
+        state._reset_state()
+    PartialState._reset_state()
+    recipe.main(arguments(photos, output, *more))
+    return output / recipe.WEIGHTS_NAME
 
 
 class Training:

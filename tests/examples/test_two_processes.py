@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.examples.conftest import quick
+from tests.training_process import TORCHRUN
 
 
 @pytest.mark.slow
@@ -25,14 +24,10 @@ def test_two_processes_train_what_one_does(bert, reviews, tmp_path) -> None:
         more = ["--per_device_train_batch_size", str(batch), "--num_train_epochs", "1", "--save_strategy", "no"]
         return quick(output, "--model_name_or_path", bert, *files, *more, "--learning_rate", "1e-2")
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     script = ROOT / "tests" / "examples" / "two_processes.py"
     path = os.pathsep.join([str(ROOT / "examples"), str(ROOT)])
     ran = subprocess.run(
-        [sys.executable, *launch, str(script), str(tmp_path), bert, *argv(tmp_path / "two", 4)],
+        [*TORCHRUN, str(script), str(tmp_path), bert, *argv(tmp_path / "two", 4)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]

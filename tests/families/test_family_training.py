@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import diffusers
@@ -16,8 +15,7 @@ from s2ft_diffusion import AdapterFileError, S2FTLayer, read_adapter
 from s2ft_diffusion.families import FAMILIES
 from tests.conftest import ROOT, assert_trained_alike
 from tests.families.pipelines import COMPONENTS, SIDE
-from tests.test_trainer import arguments, train_here
-from tests.training_process import ENVIRONMENT, Training, train
+from tests.training_process import ENVIRONMENT, TORCHRUN, Training, arguments, train, train_here
 
 ALL = list(COMPONENTS)
 SAMPLED = ("Flux2KleinPipeline",)  # by fifty steps: one is enough, how each is called is tested with `eval`
@@ -136,9 +134,7 @@ def test_two_processes_equal_one(saved, photos, tmp_path, name) -> None:
     """Without what hangs on the last bits of a prior: a search for orders may end elsewhere."""
     placed = ("--rearrange", "none", "--sampling", "low_frequency")
     more = flags(saved(name), "--learning_rate", "1e-3", "--train_text_encoder", *placed)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-              "--rdzv_endpoint", "127.0.0.1:0", "train_dreambooth_s2ft.py",
-              *arguments(photos, tmp_path / "two", *more)]  # fmt: skip
+    launch = [*TORCHRUN, "train_dreambooth_s2ft.py", *arguments(photos, tmp_path / "two", *more)]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
     subprocess.run(launch, check=True, cwd=ROOT, env=environment)
     train(arguments(photos, tmp_path / "one", *more, "--train_batch_size", "2"), tmp_path / "log")
