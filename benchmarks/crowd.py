@@ -1,4 +1,4 @@
-"""Many adapters on one pipeline: memory, and that the cache keeps to its budget.
+"""Many adapters on one pipeline: the memory of each further one that is loaded and not in use.
 
     python -m benchmarks.crowd --adapters 100 --json docs/results/crowd.json
 

@@ -1,8 +1,6 @@
-"""One evaluation of the denoiser while sampling: the bare base beside an adapter unfused, kept, and fused.
+"""One evaluation of the denoiser while sampling: the bare base beside an adapter unfused and fused, and a LoRA.
 
-    python -m benchmarks.infer --shape sd15 --json docs/results/infer.json
-
-"kept" is what a user gets: weight changes are made at the first step and kept. "not kept" makes them in every step.
+python -m benchmarks.infer --shape sd15 --json docs/results/infer.json
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from torch import nn
 
 from s2ft_diffusion import S2FTConfig, S2FTLayer
 
-from .measure import alternate, medians, parser, report
+from .measure import CLOCKS, alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights
 
 
@@ -57,7 +55,9 @@ def main() -> None:
     def evaluate(name: str) -> None:
         models[name](**batch)
 
-    found = medians(alternate({name: lambda name=name: evaluate(name) for name in models}, args.rounds))
+    found = medians(
+        alternate({name: lambda name=name: evaluate(name) for name in models}, args.rounds, clock=CLOCKS[args.clock])
+    )
     rows = [
         {"": name, "seconds": round(found[name], 4), "/ base": round(found[name] / found["base"], 4)} for name in models
     ]

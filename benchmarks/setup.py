@@ -38,7 +38,7 @@ from s2ft_diffusion.tuner.rearrange import (
 )
 from s2ft_diffusion.tuner.spectrum import sample_positions
 
-from .measure import alternate, medians, parser, report
+from .measure import CLOCKS, alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights
 
 PHOTOS = 5
@@ -63,6 +63,7 @@ def main() -> None:
         lengths = {f"path of 1,280 rows, {kind}": path_ratio(kind) for kind in KINDS}
         report("setup", args, klein_orders(args.device), **lengths)
         return
+    clock = CLOCKS[args.clock]
     args.pixels = args.pixels or SHAPES[args.shape].pixels
     base = build(args.shape, args.device)
     batch = inputs(args.shape, 1, args.pixels, args.device, torch.float32)
@@ -92,9 +93,9 @@ def main() -> None:
                 batches = [batch] * GRADIENTS
                 priors[:] = [estimate_prior(model, loss, batches, estimate=defaults.kind)]
 
-            seconds = medians(alternate({"estimate": estimate, "step": step}, args.rounds))
+            seconds = medians(alternate({"estimate": estimate, "step": step}, args.rounds, clock=clock))
             seconds |= medians(
-                alternate({"place": lambda m=model, p=priors: place_from_prior(m, p[0])}, args.rounds, 0)
+                alternate({"place": lambda m=model, p=priors: place_from_prior(m, p[0])}, args.rounds, 0, clock)
             )
             seconds["estimate"] /= GRADIENTS
             setup = gradients * seconds["estimate"] + seconds["place"]

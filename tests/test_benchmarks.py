@@ -35,7 +35,7 @@ def test_it_explains_itself(name, monkeypatch, capsys) -> None:
         ("train_step", "--preset_n 0.0016 --targets all --rounds 1 --no_memory --methods S2FT_default"),
         ("setup", "--n 300 --rounds 1"),
         ("load", "--n 300 --rounds 2 --adapters 2"),
-        ("infer", "--n 300 --rounds 1 --dtype bfloat16"),
+        ("infer", "--n 300 --rounds 1 --dtype bfloat16 --clock cpu"),
         ("size", "--n 300"),
         ("crowd", "--n 300 --adapters 3"),
     ],

@@ -40,7 +40,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s2ft_delta",)
-    other_param_names = ("s2ft_config", "s2ft_scaling", "s2ft_weight", "s2ft_passing_scales")
+    other_param_names = ("s2ft_config", "s2ft_scaling", "s2ft_weight", "s2ft_passing_scales", "r")
 
     base_layer_types: ClassVar[tuple[type[nn.Module], ...]]
     rearranges_columns: ClassVar[bool] = True
@@ -66,6 +66,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         self.s2ft_scaling: dict[str, float] = {}
         self.s2ft_weight: dict[str, float] = {}
         self.s2ft_passing_scales: dict[str, list[float]] = {}
+        self.r: dict[str, int] = {}  # trainable numbers; diffusers counts its entries to name the next adapter
         self._disable_adapters = False
         self.cast_input_dtype_enabled = True  # diffusers, casting layer by layer, sets it to False on every adapter
         self.merged_adapters: list[str] = []
@@ -88,11 +89,6 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         """The inverse of `_as_weight`."""
         return weight.reshape(self._shape)
 
-    @property
-    def r(self) -> dict[str, int]:
-        """Adapters and their trainable numbers: diffusers counts `r`'s entries to name the next adapter."""
-        return {name: delta.coefficients.numel() for name, delta in self.s2ft_delta.items()}
-
     def update_layer(self, adapter_name: str, n_frequency: int | float, config: S2FTConfig, name: str) -> None:
         """Add an adapter without a prior: identity order, and low frequencies (or as `sampling` says)."""
         try:
@@ -104,6 +100,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         self.s2ft_config[adapter_name] = config
         self.s2ft_scaling[adapter_name] = config.scaling
         self.s2ft_weight[adapter_name] = 1.0
+        self.r[adapter_name] = delta.coefficients.numel()
         self._move_adapter_to_device_of_base_layer(adapter_name)
         # This one alone: `set_adapter` goes over all of them, and there may be a hundred.
         trained = adapter_name in self.active_adapters and not config.inference_mode
@@ -116,6 +113,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         replaced = self.s2ft_delta[adapter_name]
         delta = delta_from_state(self._shape, self.s2ft_config[adapter_name], state)
         self.s2ft_delta[adapter_name] = delta.requires_grad_(replaced.coefficients.requires_grad)
+        self.r[adapter_name] = delta.coefficients.numel()
         self.s2ft_delta[adapter_name].to(self.get_base_layer().weight.device)
         if adapter_name in self._active():
             self.prepare()
