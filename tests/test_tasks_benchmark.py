@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,30 @@ def test_cost_has_a_row_a_method(tmp_path, monkeypatch) -> None:
         row = rows[f"s2ft {preset}"]
         assert 24 * 2900 < row["trained_numbers"] <= 24 * 3000
         assert all(row[f"{name}_seconds"] > 0 for name in ("prior", "order", "inverse", "apply"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("S2FT_ASSETS" not in os.environ, reason="S2FT_ASSETS names no folder with the downloaded packages")
+def test_real_models_and_data(tmp_path) -> None:
+    """The packed DINOv2 tells clothes apart, untrained, and the packed MiniLM sources, after some steps of training."""
+    data.pack(Path(os.environ["S2FT_ASSETS"]), tmp_path / "packed")
+    data.unpack_models(tmp_path / "packed", tmp_path / "models")
+    places, cpu = (tmp_path / "packed", tmp_path / "models"), torch.device("cpu")
+    images = training.load_task("images", *places, cpu)
+    assert len(images.labels["test"]) == data.IMAGES["test"]
+    features, labels = {}, {}
+    for split in ("train", "test"):
+        batch = images.batch(split, torch.arange(200))
+        labels[split] = batch.pop("labels")
+        with torch.no_grad():
+            features[split] = images.model.dinov2(**batch).last_hidden_state[:, 0]
+    features = {split: torch.nn.functional.normalize(f - f.mean(0), dim=-1) for split, f in features.items()}
+    nearest = (features["test"] @ features["train"].T).argmax(1)
+    assert (labels["train"][nearest] == labels["test"]).float().mean() > 0.5  # one in ten by chance
+    texts = training.load_task("sources", *places, cpu, small=True)
+    run = runs.main_run("sources", "s2ft default", 1, rate=1e-2)
+    (row,) = training.train_together(texts, [run], [None], until=float("inf"))
+    assert row["score"] > 0.6  # a third by chance
 
 
 def test_choosing_waits_for_rates() -> None:
