@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,21 +69,30 @@ def test_eight_bits() -> None:
     assert not back["d"].any()
 
 
-@pytest.mark.parametrize("task", ["sources", "ratings"])
-@pytest.mark.parametrize("method", runs.METHODS)
+@pytest.mark.parametrize(("task", "method"), [*(("ratings", m) for m in runs.METHODS), ("sources", "s2ft default")])
 def test_a_run_learns(packed, models, task, method) -> None:
-    prepared = training.load_task(task, packed, models, torch.device("cpu"), epochs=6.0)
+    prepared = training.load_task(task, packed, models, torch.device("cpu"), epochs=4.0)
     prepared.head_rate = 1e-2
     run = replace(runs.main_run(task, method, 1, rate=runs.RATES[method][1]), numbers=64)
     (row,) = training.train_together(prepared, [run], [None], until=float("inf"))
     assert "error" not in row, row["error"]
-    assert row["steps"] == 30 * 70 // 32
+    assert row["steps"] == 20 * 70 // 32
     layers = {"full": None, "lora": 2 * runs.RANK * 64, "s2ft default": 64}.get(method, 64)
     if layers is not None:
         assert row["trained_numbers"] == 4 * layers
     assert row["score"] > 0.5
     again = next(training.train_together(prepared, [run], [None], until=float("inf")))
     assert again["score"] == row["score"]
+
+
+def test_small_takes_fewer_and_short_texts(packed, models, monkeypatch) -> None:
+    monkeypatch.setattr(training, "SMALL", {"train": 40, "validation": 20, "test": 100})
+    monkeypatch.setattr(training, "SMALL_LENGTH", 9)
+    task = training.load_task("sources", packed, models, torch.device("cpu"), small=True)
+    assert [tuple(task.inputs[split].shape) for split in ("train", "validation", "test")] == [(40, 9), (20, 9), (70, 9)]
+    assert [len(task.labels[split]) for split in ("train", "validation", "test")] == [40, 20, 70]
+    monkeypatch.setattr(training, "SMALL_LENGTH", 8)
+    assert not len(training.load_task("sources", packed, models, torch.device("cpu"), small=True).labels["test"])
 
 
 def test_a_failing_run_does_not_stop_the_others(packed, models) -> None:
@@ -95,6 +105,7 @@ def test_a_failing_run_does_not_stop_the_others(packed, models) -> None:
     assert not list(training.train_together(prepared, [good], [None], until=0)) or prepared.epochs * 70 // 64 < 50
 
 
+@pytest.mark.slow
 def test_the_queue_ends_with_every_row_and_goes_on(packed, tmp_path) -> None:
     wanted = [r for r in runs.queue(["sources"]) if r.method in ("full", "s2ft paper")]
     wanted = [replace(run, numbers=64) for run in wanted if run.seed < 2]
@@ -115,7 +126,7 @@ def test_the_queue_ends_with_every_row_and_goes_on(packed, tmp_path) -> None:
 
 def test_cost_has_a_row_a_method(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cost, "STEPS", 1)
-    cost.measure(tmp_path / "cost.json", "cpu", size=96, batch=2, rounds=2)
+    cost.measure(tmp_path / "cost.json", "cpu", size=96, side=32, batch=2, rounds=2)
     rows = {row["method"]: row for row in json.loads((tmp_path / "cost.json").read_text())}
     assert tuple(rows) == runs.METHODS
     assert all(row["seconds_an_epoch"] > 0 and row["memory_gb"] > 0 for row in rows.values())
@@ -125,6 +136,30 @@ def test_cost_has_a_row_a_method(tmp_path, monkeypatch) -> None:
         row = rows[f"s2ft {preset}"]
         assert 24 * 2900 < row["trained_numbers"] <= 24 * 3000
         assert all(row[f"{name}_seconds"] > 0 for name in ("prior", "order", "inverse", "apply"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("S2FT_ASSETS" not in os.environ, reason="S2FT_ASSETS names no folder with the downloaded packages")
+def test_real_models_and_data(tmp_path) -> None:
+    """The packed DINOv2 tells clothes apart, untrained, and the packed MiniLM sources, after some steps of training."""
+    data.pack(Path(os.environ["S2FT_ASSETS"]), tmp_path / "packed")
+    data.unpack_models(tmp_path / "packed", tmp_path / "models")
+    places, cpu = (tmp_path / "packed", tmp_path / "models"), torch.device("cpu")
+    images = training.load_task("images", *places, cpu)
+    assert len(images.labels["test"]) == data.IMAGES["test"]
+    features, labels = {}, {}
+    for split in ("train", "test"):
+        batch = images.batch(split, torch.arange(200))
+        labels[split] = batch.pop("labels")
+        with torch.no_grad():
+            features[split] = images.model.dinov2(**batch).last_hidden_state[:, 0]
+    features = {split: torch.nn.functional.normalize(f - f.mean(0), dim=-1) for split, f in features.items()}
+    nearest = (features["test"] @ features["train"].T).argmax(1)
+    assert (labels["train"][nearest] == labels["test"]).float().mean() > 0.5  # one in ten by chance
+    texts = training.load_task("sources", *places, cpu, small=True)
+    run = runs.main_run("sources", "s2ft default", 1, rate=1e-2)
+    (row,) = training.train_together(texts, [run], [None], until=float("inf"))
+    assert row["score"] > 0.6  # a third by chance
 
 
 def test_choosing_waits_for_rates() -> None:

@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=8, help="runs at a time in each process, on a GPU")
     parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; what is done is kept")
     parser.add_argument("--epochs", type=float, default=1.0, help="a factor, for a trial")
+    parser.add_argument("--small", action="store_true", help="fewer and shorter texts, for a CPU")
+    parser.add_argument("--seeds", type=int, default=5, help="of test rows")
     parser.add_argument("--with_cost", action="store_true", help="with `run`: measure the cost first")
     args = parser.parse_args()
     if args.command == "pack":
@@ -47,7 +49,7 @@ def main() -> None:
 
         measure(args.costs, args.device)
     elif args.command == "run":
-        from .runs import queue
+        from .runs import SEEDS, queue
         from .workers import run_queue
 
         def first() -> None:
@@ -56,7 +58,7 @@ def main() -> None:
             measure(args.costs, args.device)
 
         run_queue(
-            queue(args.tasks),
+            queue(args.tasks, SEEDS[: args.seeds]),
             args.rows,
             args.data,
             device=args.device,
@@ -64,6 +66,7 @@ def main() -> None:
             together=args.together,
             seconds=args.seconds,
             epochs=args.epochs,
+            small=args.small,
             first=first if args.with_cost else None,
         )
     else:

@@ -44,14 +44,16 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def measure(path: Path, device_name: str, size: int = 768, batch: int = BATCH, rounds: int = ROUNDS) -> None:
-    """Write a row a method to a JSON file."""
+def measure(
+    path: Path, device_name: str, size: int = 768, side: int = 224, batch: int = BATCH, rounds: int = ROUNDS
+) -> None:
+    """Write a row a method to a JSON file; other widths and sides of images are for trials."""
     torch.set_float32_matmul_precision("high")
     device = torch.device(device_name)
     torch.manual_seed(0)
-    config = ViTConfig(num_labels=CLASSES, hidden_size=size, intermediate_size=4 * size)
+    config = ViTConfig(num_labels=CLASSES, hidden_size=size, intermediate_size=4 * size, image_size=side)
     template = ViTForImageClassification(config)
-    pixels, labels = torch.randn(batch, 3, 224, 224, device=device), torch.randint(CLASSES, (batch,), device=device)
+    pixels, labels = torch.randn(batch, 3, side, side, device=device), torch.randint(CLASSES, (batch,), device=device)
     heads = sum(parameter.numel() for parameter in template.classifier.parameters())
     rows = []
     for method, arguments in METHODS.items():

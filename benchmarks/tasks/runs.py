@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,17 +104,17 @@ def ablations(seed: int) -> list[Run]:
     return found
 
 
-def queue(tasks: Iterable[str] = TASKS) -> list[Run]:
+def queue(tasks: Iterable[str] = TASKS, seeds: Sequence[int] = SEEDS) -> list[Run]:
     """All runs, the most wanted first: rates, then seeds with all methods alike, then ablations."""
     found = []
     for task in tasks:
         for place in (1, 0, 2):  # the middle rate first
             for method in METHODS:
                 found.append(main_run(task, method, 0, split="validation", rate=RATES[method][place]))
-    for seed in SEEDS:
+    for seed in seeds:
         found += [main_run(task, method, seed) for task in tasks for method in METHODS]
     if "images" in tasks:
-        for seed in SEEDS[:3]:
+        for seed in seeds[:3]:
             found += ablations(seed)
     return found
 

@@ -32,6 +32,7 @@ from .runs import Run
 
 MEAN, STD = 0.449, 0.226  # of grey ImageNet pixels
 WARM_UP = 0.1  # of the steps
+SMALL, SMALL_LENGTH = {"train": 400, "validation": 300, "test": 600}, 16  # texts of at most so many tokens
 RECORDINGS = 2  # steps before a graph is recorded, so that libraries have their plans and workspaces
 
 
@@ -64,8 +65,13 @@ class Task:
         return float((predictions.argmax(-1) == labels).float().mean())
 
 
-def load_task(name: str, data: Path, models: Path, device: torch.device, epochs: float = 1.0) -> Task:
-    """A task by name from packed data and unpacked models; `epochs` is a factor, for a trial."""
+def load_task(
+    name: str, data: Path, models: Path, device: torch.device, epochs: float = 1.0, small: bool = False
+) -> Task:
+    """A task by name from packed data and unpacked models.
+
+    `epochs` is a factor, for a trial. `small` is the texts' tasks for a CPU: fewer and shorter texts (`SMALL`).
+    """
     images = name == "images"
     kind = AutoModelForImageClassification if images else AutoModelForSequenceClassification
     place = models / ("dinov2" if images else "minilm")
@@ -85,6 +91,11 @@ def load_task(name: str, data: Path, models: Path, device: torch.device, epochs:
     if name != "ratings":
         labels = {split: classes.long() for split, classes in labels.items()}
     batch_size, count = (64, 100) if images else (32, 5)
+    if small and not images:
+        batch_size, count = 16, 3
+        for split, size in SMALL.items():
+            short = (inputs[split][:, SMALL_LENGTH:] == (config.pad_token_id or 0)).all(1).nonzero()[:size, 0]
+            inputs[split], labels[split] = inputs[split][short, :SMALL_LENGTH], labels[split][short]
     return Task(
         model,
         inputs,

@@ -19,7 +19,14 @@ MOST_RESTARTS = 4
 
 
 def work(
-    pipe: Connection, data: Path, models: Path, device_name: str, together: int, until: float, epochs: float
+    pipe: Connection,
+    data: Path,
+    models: Path,
+    device_name: str,
+    together: int,
+    until: float,
+    epochs: float,
+    small: bool,
 ) -> None:
     """A worker: asks for runs, trains them, sends their rows back, one by one; ends when there are none left."""
     import torch
@@ -40,7 +47,7 @@ def work(
             streams = [torch.cuda.Stream() for _ in range(together)] if device.type == "cuda" else [None]
         name = runs[0].task
         if name not in tasks:
-            tasks[name] = load_task(name, data, models, device, epochs)
+            tasks[name] = load_task(name, data, models, device, epochs, small)
             if device.type == "cuda":
                 torch.cuda.synchronize()  # other streams are to read it
         for row in train_together(tasks[name], runs, streams, until):
@@ -71,6 +78,7 @@ def run_queue(
     together: int,
     seconds: float,
     epochs: float = 1.0,
+    small: bool = False,
     first: Callable[[], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run what is pending, in its order, for at most so many seconds; every row is in the file once it is there.
@@ -94,7 +102,7 @@ def run_queue(
 
         def begin() -> None:
             ours, theirs = context.Pipe()
-            arguments = (theirs, data, models, device, together, until, epochs)
+            arguments = (theirs, data, models, device, together, until, epochs, small)
             process = context.Process(target=work, args=arguments, daemon=True)
             process.start()
             theirs.close()

@@ -95,9 +95,10 @@ pipe({prompt!r}).images[0]
     tags = ["text-to-image", "diffusers", "s2ft", "peft", "dreambooth"]
     if settings.lora_rank is not None:
         tags.append("lora")
+        rank = settings.lora_rank
         description += f"""
-`{LORA_NAME}` is {"the same" if settings.lora_rank == 0 else "nearly the same"} as a LoRA, for programs without
-s2ft_diffusion: `pipe.load_lora_weights({name!r})`.
+`{LORA_NAME}` is {f"the nearest LoRA of rank {rank}" if rank else "the same change as a LoRA"},
+for programs without s2ft_diffusion: `pipe.load_lora_weights({name!r})`.
 """
     words = settings.validation.prompt if settings.validation else None
     header = ModelCardData(
