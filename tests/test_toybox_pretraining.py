@@ -63,7 +63,9 @@ def test_both_bases_come_out_as_the_committed_ones_are_laid_out(trained) -> None
     assert weights(vae[0]) == weights(vae[1])
 
 
-@pytest.mark.parametrize(("name", "denoiser"), [("base", "unet"), ("flow", "transformer")])
+@pytest.mark.parametrize(
+    ("name", "denoiser"), [("flow", "transformer"), pytest.param("base", "unet", marks=pytest.mark.slow)]
+)
 def test_a_base_is_trained_on(trained, tmp_path, name, denoiser) -> None:
     start, output = trained / "bases" / name, tmp_path / "bases"
     pretrain_further(tmp_path, start, output, TINY, CPU)
