@@ -177,7 +177,7 @@ def test_prompts_whose_end_is_not_read(tmp_path, capsys, caplog) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text(f"a {'very ' * 40}good photo of {{0}} {{1}}\n")
     assert main(options) == 2
-    assert "good photo of sks cat' at its end would not be read" in capsys.readouterr().err
+    assert "good photo of sks robot' at its end would not be read" in capsys.readouterr().err
     assert not (tmp_path / "out" / "adapter").exists()
     prompts.write_text("{0} {1} in the snow\n")
     assert main([*options, "--token", "very " * 40 + "sks"]) == 2

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,13 @@ class TestRestored:
             estimate_prior(model, loss, batches(dtype=dtype), estimate="full")
         assert not seen[-1]  # it had been training them
         assert same()
+
+    @pytest.fixture(autouse=True)
+    def interruptible(self) -> Iterator[None]:
+        """A shell starts what runs in the background with Ctrl-C ignored."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
 
     def test_after_an_interrupt_within_a_backward_pass(self, two_layers, monkeypatch) -> None:
         model = adapted(two_layers)
