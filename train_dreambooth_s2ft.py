@@ -291,12 +291,13 @@ def train(
             bar.update()
             asked = torch.tensor(float(interrupted()), device=accelerator.device)
             stop = accelerator.reduce(asked, "sum").item() > 0  # every process stops at the same step
+            # Before the checkpoint: a run that goes on from it makes no more samples of this step.
+            if settings.validation and state.step < steps and state.step % validation_steps == 0:
+                phases.note(images=[str(path) for path in validate(f"step-{state.step:06d}", state.step)])
             if stop or state.step % settings.checkpoints.every == 0:
                 saved = checkpoints.save(state)
                 if stop:
                     raise Interrupted(f"Stopped after step {state.step}; {saved} is complete.")
-            if settings.validation and state.step < steps and state.step % validation_steps == 0:
-                phases.note(images=[str(path) for path in validate(f"step-{state.step:06d}", state.step)])
 
 
 def training_facts(

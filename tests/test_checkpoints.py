@@ -112,6 +112,22 @@ def test_a_checkpoint_that_goes_is_never_half_there(photos, tmp_path, monkeypatc
     assert [path.name for path in output.glob(".checkpoint-*")] == []
 
 
+def test_a_step_is_sampled_before_its_checkpoint(photos, tmp_path, monkeypatch) -> None:
+    """Else a run that is killed between the two never has the sample."""
+    sample, save = tmp_path / "out" / "validation" / "step-000002-0.png", recipe.Checkpoints.save
+    there = []
+
+    def looking(self, state):
+        there.append(sample.exists())
+        return save(self, state)
+
+    monkeypatch.setattr(recipe.Checkpoints, "save", looking)
+    sampling = ("--validation_prompt", "a dog", "--num_validation_images", "1", "--validation_epochs", "1")
+    flags = ("--max_train_steps", "3", "--checkpointing_steps", "2", "--train_batch_size", "2")
+    train_here(photos, tmp_path / "out", *flags, *sampling)
+    assert there == [True]
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
 def test_a_full_disk_keeps_what_was_complete(photos, tmp_path, monkeypatch, error) -> None:
     output, flags = tmp_path / "out", ("--max_train_steps", "4", "--checkpointing_steps", "2")

@@ -18,8 +18,8 @@ python=$1
 shift
 node() {
     ip netns exec $name$1 env GLOO_SOCKET_IFNAME=$name$2 TP_SOCKET_IFNAME=$name$2 ACCELERATE_USE_CPU=1 \
-        "$python" -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --node_rank "$3" --rdzv_id run \
-        --rdzv_conf read_timeout=900,keep_alive_max_attempt=200 \
+        "$python" -m torch.distributed.run --nnodes 2 --nproc_per_node 1 --rdzv_id run \
+        --rdzv_conf "is_host=$((1 - $3)),read_timeout=900,keep_alive_max_attempt=200" \
         --rdzv_backend c10d --rdzv_endpoint 10.77.0.1:29500 --local_addr 10.77.0.$(($3 + 1)) "${@:4}"
 }
 node a x 0 "$@" &
