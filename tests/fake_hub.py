@@ -31,6 +31,10 @@ def fake_hub() -> Iterator[tuple[str, dict[str, bytes]]]:
             self.answer(json.dumps(value).encode(), Content_Type="application/json")
 
         def do_GET(self) -> None:
+            if self.path.startswith("/api/models/"):
+                repository = "/".join(self.path.split("?")[0].split("/")[3:5])
+                names = [name.removeprefix(f"{repository}/") for name in files if name.startswith(f"{repository}/")]
+                return self.say({"id": repository, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]})
             parts = self.path.lstrip("/").split("?")[0].split("/", 4)  # owner, name, "resolve", revision, path
             wanted = len(parts) == 5 and parts[2] == "resolve"
             body = files.get("/".join([*parts[:2], parts[4]])) if wanted else None

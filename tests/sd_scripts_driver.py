@@ -45,7 +45,7 @@ def models() -> tuple[nn.Module, nn.Module]:
             return sdxl_original_unet.SdxlUNet2DConditionModel(), TextEncoder()
     original_unet.BLOCK_OUT_CHANNELS = (32, 64, 64, 64)
     original_unet.TIMESTEP_INPUT_DIM, original_unet.TIME_EMBED_DIM = 32, 128
-    return original_unet.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8), TextEncoder()
+    return original_unet.UNet2DConditionModel(8, 8, 768), TextEncoder()
 
 
 FLUX = {  # what the layers of a block are called, and where those that sd-scripts has in one are put: rows
