@@ -45,6 +45,7 @@ from s2ft_diffusion.dreambooth.draws import DrawStream, replayed
 from s2ft_diffusion.dreambooth.errors import Diverged, InputError, Interrupted
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images, fingerprints, load_image
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
+from s2ft_diffusion.dreambooth.memory import check_memory, run_memory
 from s2ft_diffusion.dreambooth.optimizer import make_optimizer
 from s2ft_diffusion.dreambooth.phases import PROGRESS_NAME, Phases
 from s2ft_diffusion.dreambooth.process import (
@@ -60,6 +61,7 @@ from s2ft_diffusion.dreambooth.settings import ComputeSettings, EstimateSettings
 from s2ft_diffusion.dreambooth.validation import Validation
 from s2ft_diffusion.families import Family
 from s2ft_diffusion.families.offloading import offload_blocks
+from s2ft_diffusion.families.quantization import parameter_count
 from s2ft_diffusion.pipelines.attach import inject_adapter
 from s2ft_diffusion.tuner.estimate import NotFiniteError
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
@@ -84,6 +86,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = Layout.of(settings.length, len(photo_paths), *processes)
     if resume_path is not None and (done := read_state(resume_path).step) > layout.steps:
         raise InputError(f"{resume_path} is after step {done}, the run is to have {layout.steps}.")
+    on_gpu = accelerator.device.type == "cuda"
+    if settings.dry_run or on_gpu:
+        needed = run_memory(plan, settings, weight_dtype(accelerator))
+        logger.info("The run needs %s.", needed)
+        if settings.dry_run:
+            return
+        if settings.compute.check:
+            check_memory(needed, accelerator.device, settings)
     repository = open_repository(settings.output_dir, settings.hub) if settings.hub and main_process else None
     progress_file = settings.output_dir / PROGRESS_NAME if main_process else None
     phases = Phases(logger, progress_file, anew=resume_path is None)
@@ -95,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         components = {name: getattr(base.pipeline, name) for name in plan.configs}
         if settings.compute.xformers:
             components[base.denoiser].enable_xformers_memory_efficient_attention()
-        base_size = sum(p.numel() for model in components.values() for p in model.parameters())
+        base_size = sum(map(parameter_count, components.values()))
         name = f"{base.pipeline_class} {settings.base.name}"
         say(f"{name}, {' and '.join(components)} of {base_size:,} parameters, {len(photo_paths)} images")
         if plan.left_out:
@@ -120,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for prompt in (prompt for each in sets for prompt in each.prompts):
             prompts(prompt)
         base.put_away(*plan.family.text_encoders)
+        if settings.validation is None:
+            base.drop(*plan.family.text_encoders)
     if settings.compute.offload:
         offload_blocks(components[base.denoiser], accelerator.device)
     base.bring(base.denoiser)

@@ -79,7 +79,7 @@ def test_fusing_keeps_the_memory_format() -> None:
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("estimate", ["gradient", "normalized", "full"])
+@pytest.mark.parametrize("estimate", ["gradient", "normalized", "scaled", "full"])
 def test_a_prior_moves_rows_alone(estimate) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 4, 3))

@@ -289,7 +289,7 @@ class TestPrior:
         expected = -gradients.sum(0) / gradients.square().sum(0).sqrt()
         torch.testing.assert_close(prior["base_model.model.first"], expected.nan_to_num(0.0))
 
-    @pytest.mark.parametrize("estimate", ["gradient", "normalized", "full"])
+    @pytest.mark.parametrize("estimate", ["gradient", "normalized", "scaled", "full"])
     def test_leaves_everything_else_alone(self, two_layers, estimate) -> None:
         model = get_peft_model(two_layers, config(init_weights=False))
         state = {n: t.clone() for n, t in model.state_dict().items()}

@@ -237,7 +237,22 @@ class TestRestored:
         assert same()
         assert signal.getsignal(signal.SIGINT) is handler
 
-    @pytest.mark.parametrize("estimate", ["gradient", "normalized", "full"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_scaled_sums_gradients_of_one_size(self, two_layers, dtype) -> None:
+        model = adapted(two_layers.to(dtype))
+        data = [batch.to(dtype) for batch in batches()]
+        found = estimate_prior(model, loss_of(model), data, estimate="scaled")
+        weight = model.base_model.model.first.base_layer.weight.requires_grad_()
+        expected = torch.zeros(weight.shape)
+        for batch in data:
+            (gradient,) = torch.autograd.grad(loss_of(model)(batch), weight)
+            expected -= gradient.float() / gradient.float().square().mean().sqrt()
+        exact = dtype == torch.float32
+        torch.testing.assert_close(
+            found["base_model.model.first"], expected, rtol=1e-4 if exact else 3e-2, atol=1e-5 if exact else 3e-2
+        )
+
+    @pytest.mark.parametrize("estimate", ["gradient", "normalized", "scaled", "full"])
     def test_gradients_that_were_there_stay(self, two_layers, estimate) -> None:
         model = adapted(two_layers)
         model.base_model.model.first.base_layer.weight.grad = torch.full((16, 12), 7.0)
@@ -320,7 +335,7 @@ class TestWithoutGradients:
                 other.__class__ = type(f"Packed{kind.__name__}", (kind,), {"forward": _unpacked_forward})
         return model, plain
 
-    @pytest.mark.parametrize("estimate", ["gradient", "normalized"])
+    @pytest.mark.parametrize("estimate", ["gradient", "normalized", "scaled"])
     @pytest.mark.parametrize("checkpointed", [False, True])
     def test_linear(self, two_layers, estimate, checkpointed) -> None:
         packed, plain = self.quantised(two_layers)
@@ -354,12 +369,12 @@ class TestWithoutGradients:
         found = estimate_prior(model := adapted(packed, ["0"]), loss_of(model), data)
         torch.testing.assert_close(found["base_model.model.0"], expected["base_model.model.0"], rtol=1e-4, atol=1e-5)
 
-    def test_full_says_that_it_is_normalized(self, two_layers) -> None:
+    def test_full_says_that_it_is_scaled(self, two_layers) -> None:
         packed, _ = self.quantised(two_layers)
         model = adapted(packed)
-        with pytest.warns(UserWarning, match=r'first has one that cannot be trained .*"normalized" instead'):
+        with pytest.warns(UserWarning, match=r'first has one that cannot be trained .*"scaled" instead'):
             found = estimate_prior(model, loss_of(model), batches(), estimate="full")
-        expected = estimate_prior(model, loss_of(model), batches(), estimate="normalized")
+        expected = estimate_prior(model, loss_of(model), batches(), estimate="scaled")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
     def test_weights_stored_in_eight_bits(self, two_layers) -> None:
@@ -434,7 +449,7 @@ def test_two_processes_equal_one(tmp_path: Path, two_layers) -> None:
     from tests.two_priors import branching, data, new_model
 
     both = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    for estimate in ("gradient", "normalized", "full"):
+    for estimate in ("gradient", "normalized", "scaled", "full"):
         model = new_model()
         steps = list(zip(data(0), data(1), strict=True))
         if estimate == "full":

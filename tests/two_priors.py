@@ -47,7 +47,7 @@ def data(rank: int) -> list[Part]:
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     found = {}
-    for estimate in ("gradient", "normalized", "full"):
+    for estimate in ("gradient", "normalized", "scaled", "full"):
         model = new_model()
         prior = estimate_prior(model, branching(model), data(dist.get_rank()), estimate=estimate)
         found[estimate] = dict(prior.items())

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from diffusers.optimization import SchedulerType
@@ -20,6 +20,7 @@ from ..families.loading import check_offload
 from ..families.quantization import QUANTIZATIONS, check_quantization
 from ..pipelines.targets import TARGETS
 from ..tuner.config import PRESETS
+from ..tuner.prior import Estimate
 from .errors import InputError
 from .folders import check_apart
 from .settings import (
@@ -129,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--distance", choices=("cosine", "euclidean"), help="distance between rows, and between columns")
     add("--signs", type=_yes_no, metavar="yes|no", help="let rows and columns be negated")
     add("--refine", choices=("2opt", "none"), help="how the order is refined")
-    add("--estimate", choices=("gradient", "normalized", "full"), help="how the weight change is pre-estimated")
+    add("--estimate", choices=get_args(Estimate), help="how the weight change is pre-estimated")
     add("--estimate_draws", type=int, help="its noise and timestep draws per image; by default 8, for full 4 to 24")
     add("--adapter_dtype", choices=DTYPES, default="float32", help="type of the stored coefficients")
 
@@ -144,6 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", action="store_true", help="save memory, at the cost of time")
     add("--quantize", choices=QUANTIZATIONS, help="hold the frozen linear layers in 4 or 8 bits")
     add("--offload", action="store_true", help="keep the denoiser's blocks in host memory; checkpoints gradients")
+    add("--skip_memory_check", action="store_true", help="begin also where the estimate says that memory is too small")
+    add("--dry_run", action="store_true", help="say how much memory the run needs on a GPU, and stop")
     add("--learning_rate", type=float, help="the highest learning rate; by default 2e-4, for the preset paper 1e-3")
     add("--scale_lr", action="store_true", help="scale the rate by processes, accumulation and batch size")
     add("--lr_scheduler", choices=SCHEDULERS, default="constant", help="how the learning rate goes on")
@@ -197,7 +200,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
         args.instance_prompt = f"a photo of sks {args.subject}"
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.preset]
-    estimate = EstimateSettings.of(args.preset, args.estimate, args.estimate_draws)
+    frozen = args.quantize is not None or args.offload
+    estimate = EstimateSettings.of(args.preset, args.estimate, args.estimate_draws, frozen=frozen)
     args.estimate, args.estimate_draws = estimate.kind, estimate.draws
     args.processes = int(os.environ.get("WORLD_SIZE", "1"))
     _check(args)
@@ -272,6 +276,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         compute=ComputeSettings(
             args.mixed_precision, args.allow_tf32, args.enable_xformers_memory_efficient_attention,
             args.gradient_checkpointing or args.offload, args.quantize, args.offload,
+            not args.skip_memory_check,
         ),
         checkpoints=CheckpointSettings(
             args.checkpointing_steps, args.checkpoints_total_limit, args.resume_from_checkpoint,
@@ -285,6 +290,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         dtype=args.adapter_dtype,
         lora_rank=args.save_lora,
         flags={name: value for name, value in plain.items() if name != "hub_token"},
+        dry_run=args.dry_run,
     )  # fmt: skip
 
 
@@ -346,6 +352,10 @@ def _check(args: argparse.Namespace) -> None:
         check_quantization(args.quantize)
     if args.offload:
         check_offload(args.quantize)
+    if args.estimate == "full" and (args.quantize or args.offload):
+        raise InputError(
+            "--estimate full trains the base's weights, which --quantize and --offload do not leave room for."
+        )
     if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         raise InputError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers.")
     if args.report_to not in (*TRACKERS, "all", "none"):

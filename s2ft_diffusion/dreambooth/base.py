@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .. import toybox
-from ..families import Family, family_of
+from ..families import Configs, Family, family_of
 from ..families.loading import load_pipeline
 from ..families.objectives import Objective
 from ..families.quantization import Quantization
@@ -31,7 +31,8 @@ class BasePlan:
     """What the configs of a base say, before any weight is loaded: its family, where it is, and whom to adapt how.
 
     `configs` are the adapters' by component, the denoiser's first; `left_out` are layers that the targets would name
-    but that cannot reach the base's output.
+    but that cannot reach the base's output. `index` is the base's `model_index.json`, `base_configs` those of denoiser,
+    autoencoder and scheduler.
     """
 
     settings: BaseSettings
@@ -42,11 +43,18 @@ class BasePlan:
     objective: Objective
     configs: Mapping[str, S2FTConfig]
     left_out: tuple[str, ...]
+    index: Mapping[str, Any]
+    base_configs: Configs
 
     @property
     def options(self) -> dict[str, str]:
         """What `from_pretrained` takes of a base on the hub."""
         return base_options(self.settings)
+
+    @property
+    def revision(self) -> dict[str, str]:
+        """Those of them that configs are read with."""
+        return {name: value for name, value in self.options.items() if name == "revision"}
 
 
 def base_options(settings: BaseSettings) -> dict[str, str]:
@@ -115,7 +123,7 @@ def plan_base(
         _check_room(component, model, adapters[component])
     shape = family.latent_shape(configs, side)
     objective = family.objective(configs, shape, loss or LossSettings())
-    return BasePlan(settings, location, family, side, shape, objective, adapters, tuple(left_out))
+    return BasePlan(settings, location, family, side, shape, objective, adapters, tuple(left_out), index, configs)
 
 
 def trained_text_encoders(family: type[Family], index: Mapping[str, Any], adapter: AdapterSettings) -> tuple[str, ...]:
@@ -137,8 +145,8 @@ def empty_model(
     options: Mapping[str, str],
 ) -> nn.Module:
     """A component from its config, to be built without weights."""
-    if component == family.denoiser:
-        return getattr(diffusers, family.denoiser_class).from_config(configs[component])
+    if component in configs:
+        return getattr(diffusers, index[component][1]).from_config(configs[component])
     kind = getattr(transformers, index[component][1])
     return kind(kind.config_class.from_pretrained(location, subfolder=component, **options))
 

@@ -32,7 +32,8 @@ FREE_FLAGS = frozenset(
         "checkpointing_steps", "checkpoints_total_limit", "max_train_steps", "num_train_epochs", "validation_prompt",
         "num_validation_images", "validation_epochs", "sample_batch_size", "prior_generation_precision", "report_to",
         "logging_dir", "push_to_hub", "hub_model_id", "adapter_dtype", "allow_tf32", "local_rank", "prompt_was_given",
-        "save_lora", "pre_compute_text_embeddings", "estimate", "estimate_draws", "subject",
+        "save_lora", "pre_compute_text_embeddings", "estimate", "estimate_draws", "subject", "offload",
+        "skip_memory_check", "dry_run",
     )
 )  # fmt: skip
 

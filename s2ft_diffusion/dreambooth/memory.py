@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers.training_utils import cast_training_params
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -24,14 +25,118 @@ from ..families.blank import (
     weight_bytes,
 )
 from ..families.offloading import transformer_blocks
+from ..pipelines.attach import inject_adapter
 from ..tuner.estimate import watch_layer
 from ..tuner.layer import S2FTLayer, compute_dtype
-from .settings import ComputeSettings
+from .base import BasePlan, empty_model
+from .checkpoints import ADAPTER
+from .errors import InputError
+from .settings import ComputeSettings, Settings
 
 # Scratch space of cuBLAS and cuDNN, which PyTorch allocates once.
 LIBRARIES = 64 * 2**20
 # A process with PyTorch, diffusers and CUDA's libraries, in host memory.
 PROCESS = 3 * 2**30
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """Bytes that a run needs on the device in each of its phases, and in host memory."""
+
+    phases: Mapping[str, int]
+    host: int
+
+    @property
+    def device(self) -> int:
+        return max(self.phases.values())
+
+    def __str__(self) -> str:
+        most = max(self.phases, key=lambda phase: self.phases[phase])
+        return f"about {self.device / 1e9:.1f} GB on the device (for {most}), {self.host / 1e9:.1f} GB of host memory"
+
+
+def run_memory(plan: BasePlan, settings: Settings, dtype: torch.dtype) -> RunMemory:
+    """What a run on a GPU is going to need, its frozen weights in `dtype`.
+
+    Models that only encode are on the device one after the other, and away while it trains.
+    """
+    family, compute = plan.family, settings.compute
+
+    def blank(component: str) -> nn.Module:
+        with init_empty_weights():
+            return empty_model(family, component, plan.index, plan.base_configs, plan.location, plan.revision)
+
+    encoders = 0
+    for name in family.text_encoders:
+        if (plan.index.get(name) or [None])[0] is not None and name not in plan.configs:
+            encoder = _in_dtype(blank(name), dtype)
+            if compute.quantize:
+                pack_blank(encoder, compute.quantize, dtype)
+            encoders += weight_bytes(encoder)
+    autoencoder = _in_dtype(blank("vae"), dtype)
+    vae = weight_bytes(autoencoder)
+    encoding, decoding = _autoencoder_passes(family, plan.base_configs, autoencoder, plan.resolution, dtype)
+    step = step_memory(
+        family,
+        plan.base_configs,
+        {name: blank(name) for name in plan.configs},
+        lambda name, model: inject_adapter(model, plan.configs[name], ADAPTER),
+        plan.latent_shape,
+        settings.length.batch * (2 if settings.classes else 1),
+        dtype,
+        compute,
+    )
+    stays = 0 if settings.photos.center_crop else vae  # crops that change are encoded anew
+    phases = {
+        "the photos": vae + encoding + LIBRARIES,
+        "the words": encoders + LIBRARIES,
+        "training": step.device + stays,
+    }
+    sampled = settings.validation is not None or settings.classes is not None
+    if sampled:
+        phases["sample images"] = step.weights + step.trained + encoders + vae + decoding + LIBRARIES
+    return RunMemory(phases, PROCESS + step.host + (encoders + vae if settings.validation else 0))
+
+
+def check_memory(needed: RunMemory, device: torch.device, settings: Settings) -> None:
+    """Raise InputError, with what helps, where a GPU has less free memory than is needed."""
+    free = torch.cuda.mem_get_info(device)[0]
+    if needed.device <= free:
+        return
+    compute = settings.compute
+    advice = [
+        flag
+        for flag, given in (
+            ("--gradient_checkpointing", compute.gradient_checkpointing),
+            ("--quantize nf4", compute.quantize is not None or compute.offload),
+            ("--offload", compute.offload or compute.quantize in ("nf4", "int8")),
+            ("--train_batch_size 1", settings.length.batch == 1),
+            ("a smaller --resolution", False),
+        )
+        if not given
+    ]
+    raise InputError(
+        f"The run needs {needed}, and {free / 1e9:.1f} GB of the device are free. Try {', '.join(advice)}; with "
+        "--skip_memory_check it begins all the same."
+    )
+
+
+def _autoencoder_passes(
+    family: type[Family], configs: Configs, autoencoder: nn.Module, side: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """At most within encoding an image, and within decoding it."""
+    base = blank_family(family, configs, {"vae": autoencoder})
+    encoded, encode = [], autoencoder.encode
+    autoencoder.encode = lambda pixels: encoded.append(encode(pixels)) or encoded[-1]
+    with FakeTensorMode(allow_non_fake_inputs=True), GPUPasses(None), torch.no_grad():
+        fill_blank(autoencoder)
+        with AllocationTracker() as encoding:
+            base.moments(torch.zeros(1, 3, side, side))
+        (found,) = encoded
+        latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent
+        with AllocationTracker() as decoding:
+            autoencoder.decode(latents.to(dtype))
+    return encoding.peak, decoding.peak
 
 
 @dataclass(frozen=True)
@@ -103,10 +208,12 @@ def step_memory(
     )
 
 
-def _in_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
+        tensor.requires_grad = False
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def _offloaded(denoiser: nn.Module) -> tuple[int, int]:

@@ -97,9 +97,11 @@ class EstimateSettings:
     draws: int | None = None
 
     @classmethod
-    def of(cls, preset: str, kind: Estimate | None = None, draws: int | None = None) -> EstimateSettings:
-        """What is not given is the preset's."""
-        kind = kind or ESTIMATES[preset]
+    def of(
+        cls, preset: str, kind: Estimate | None = None, draws: int | None = None, *, frozen: bool = False
+    ) -> EstimateSettings:
+        """What is not given is the preset's; weights that are `frozen` (packed, offloaded) are not trained for it."""
+        kind = kind or ("scaled" if frozen and ESTIMATES[preset] == "full" else ESTIMATES[preset])
         return cls(kind, ESTIMATE_DRAWS if draws is None and kind != "full" else draws)
 
 
@@ -150,7 +152,8 @@ class ComputeSettings:
     """Precision and memory; `mixed_precision` None is accelerate's own setting.
 
     `quantize` packs the frozen linear layers of denoiser and text encoders ("nf4", "int8" or "float8"), `offload` keeps
-    the denoiser's blocks in host memory, which takes gradient checkpointing.
+    the denoiser's blocks in host memory, which takes gradient checkpointing. `check` stops a run that needs more memory
+    than its device has.
     """
 
     mixed_precision: str | None = None
@@ -159,6 +162,7 @@ class ComputeSettings:
     gradient_checkpointing: bool = False
     quantize: str | None = None
     offload: bool = False
+    check: bool = True
 
 
 @dataclass(frozen=True)
@@ -221,3 +225,4 @@ class Settings:
     dtype: str = "float32"
     lora_rank: int | None = None
     flags: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    dry_run: bool = False

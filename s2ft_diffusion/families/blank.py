@@ -170,7 +170,7 @@ def fill_blank(model: nn.Module) -> None:
 
 def blank_family(family: type[Family], configs: Configs, components: Mapping[str, nn.Module]) -> Family:
     """A family around models of which the rest of its pipeline is missing: `predict` and `moments` work."""
-    kind = getattr(diffusers, family.pipeline_class)
-    pipeline = kind.__new__(kind)
+    held = {"components": dict(components), "__init__": lambda self: None}
+    pipeline = type("Blank", (getattr(diffusers, family.pipeline_class),), held)()
     pipeline.__dict__.update(components, vae_scale_factor=family.scale(configs))
     return family(pipeline, guidance=1.0, device=torch.device("cpu"))

@@ -214,6 +214,11 @@ class Family:
                 getattr(self.pipeline, name).to("cpu")
         torch.cuda.empty_cache()
 
+    def drop(self, *names: str) -> None:
+        """Let go of components that nothing is going to ask for any more."""
+        for name in names:
+            setattr(self.pipeline, name, None)
+
     def away(self) -> list[nn.Module]:
         """The models that are not on the device, because training does without them."""
         models = [model for model in self.pipeline.components.values() if isinstance(model, nn.Module)]

@@ -63,6 +63,17 @@ def quantize_model(
     return names
 
 
+def parameter_count(model: nn.Module) -> int:
+    """A model's numbers: of a packed layer those that it stands for."""
+    return sum(
+        module.in_features * module.out_features
+        if isinstance(module, nn.Linear) and name == "weight"
+        else parameter.numel()
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    )
+
+
 def _nf4(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Linear:
     """QLoRA's 4-bit floats in blocks of 64, with packed scales (Dettmers et al., 2023)."""
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -77,7 +88,8 @@ def _int8(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.Line
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     packed = _around(layer, Linear8bitLt, has_fp16_weights=False)
-    packed.weight = Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    # bitsandbytes packs what comes from host memory
+    packed.weight = Int8Params(layer.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     return packed.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Three estimates of a weight change before training (S2FT, Eq. 4), in little memory: see `prior.estimate_prior`."""
+"""Four estimates of a weight change before training (S2FT, Eq. 4), in little memory: see `prior.estimate_prior`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .layer import S2FTLayer, delta_shape
+from .layer import S2FTLayer, compute_dtype, delta_shape
 from .seeding import seeded
 
 Loss = Callable[[Any], torch.Tensor]
@@ -31,7 +31,7 @@ class NotFiniteError(ValueError):
 
 
 def has_gradient(layer: S2FTLayer) -> bool:
-    """Whether autograd makes a gradient for a layer's weight: not if it is quantised, or stored in 8 bits."""
+    """Whether autograd makes a gradient for a layer's weight: not if it is quantised, offloaded or held in 8 bits."""
     weight = layer.get_base_layer().weight
     plain = type(weight) in (nn.Parameter, torch.Tensor)
     return plain and weight.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -59,25 +59,74 @@ def estimate_by_gradient(
         if normalized:
             squares[name].addcmul_(gradient, gradient)
 
+    with _watching(layers, collect):
+        for batch in batches:
+            _backward(loss, batch)
+    for name, base in bases.items():
+        for matrices in (total, squares):
+            if name in matrices:
+                _add_up(matrices[name], base.weight.device)
+        if normalized:
+            total[name].mul_(torch.where(squares[name] > 0, squares.pop(name).rsqrt(), 0.0))
+    return total
+
+
+# "scaled"
+
+
+def estimate_by_scaled_gradients(layers: Mapping[str, S2FTLayer], loss: Loss, batches: Iterable[Any]) -> WeightChange:
+    """-sum g / rms(g) of every layer, rms(g) a gradient's own root mean square: no batch drowns the others.
+
+    The sums are held in host memory in the dtype that the layers compute in, and rounded up or down at random, in
+    proportion to what is nearer, where that is one of half precision.
+    """
+    sums = {name: _ScaledSum(name, layer.get_base_layer()) for name, layer in layers.items()}
+    with _watching(layers, lambda name, gradient: sums[name].subtract(gradient)):
+        for batch in batches:
+            _backward(loss, batch)
+    for name, layer in layers.items():
+        _add_up(sums[name].total, layer.get_base_layer().weight.device)
+    return WeightChange({name: each.total for name, each in sums.items()})
+
+
+class _ScaledSum:
+    """A layer's sum of scaled gradients: `total` (d, k)."""
+
+    def __init__(self, name: str, base: nn.Module) -> None:
+        self.total = torch.zeros(delta_shape(base), dtype=compute_dtype(base))
+        seed = int(torch.randint(2**62, (), generator=seeded("rounding", name)))
+        self.generator = torch.Generator(base.weight.device).manual_seed(seed)
+
+    @torch.no_grad()
+    def subtract(self, gradient: torch.Tensor) -> None:
+        size = torch.linalg.vector_norm(gradient, dtype=torch.float32) / gradient.numel() ** 0.5
+        scale = torch.where(size > 0, 1 / size, 0.0)
+        rows = max(1, BLOCK_ENTRIES // gradient.shape[1])
+        for before, part in zip(self.total.split(rows), gradient.split(rows), strict=True):
+            after = before.to(part.device, torch.float32) - part * scale
+            before.copy_(_rounded(after, before.dtype, self.generator))
+
+
+@contextmanager
+def _watching(layers: Mapping[str, S2FTLayer], collect: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Gradients of the layers' weights, (d, k) each, go to `collect` as they arrive."""
     handles = []
     try:
         for name, layer in layers.items():
             watch = watch_weight if has_gradient(layer) else watch_layer
-            handles.append(watch(bases[name], lambda gradient, name=name: collect(name, gradient)))
-        for batch in batches:
-            _backward(loss, batch)
+            handles.append(watch(layer.get_base_layer(), lambda gradient, name=name: collect(name, gradient)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    for name, base in bases.items():
-        for matrices in (total, squares):
-            if name in matrices and distributed():
-                summed = matrices[name].to(base.weight.device)  # NCCL knows no host memory
-                dist.all_reduce(summed)
-                matrices[name].copy_(summed)
-        if normalized:
-            total[name].mul_(torch.where(squares[name] > 0, squares.pop(name).rsqrt(), 0.0))
-    return total
+
+
+def _add_up(matrix: torch.Tensor, device: torch.device) -> None:
+    """A matrix in host memory becomes the sum of all processes'."""
+    if distributed():
+        summed = matrix.to(device)  # NCCL knows no host memory
+        dist.all_reduce(summed)
+        matrix.copy_(summed)
 
 
 def watch_weight(base: nn.Module, collect: Callable[[torch.Tensor], None]) -> Any:

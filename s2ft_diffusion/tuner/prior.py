@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,19 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import S2FTConfig
-from .estimate import NotFiniteError, distributed, estimate_by_gradient, estimate_by_training, has_gradient
+from .estimate import (
+    NotFiniteError,
+    distributed,
+    estimate_by_gradient,
+    estimate_by_scaled_gradients,
+    estimate_by_training,
+    has_gradient,
+)
 from .layer import S2FTLayer
 from .rearrange import EXACT_ROWS, Rearrangement, find_rearrangement
 from .seeding import seeded
 
-Estimate = Literal["gradient", "normalized", "full"]
+Estimate = Literal["gradient", "normalized", "scaled", "full"]
 
 STEP_SIZE = 0.05  # docs/prior.md
 
@@ -88,6 +95,7 @@ def estimate_prior(
     """The estimated weight change (d, k), float32, of every layer that carries the adapter, in host memory.
 
     "gradient" is Eq. 4, -sum g. "normalized" is -sum g / sqrt(sum g^2) over the batches, nearer to what Adam does.
+    "scaled" is the sum of -g, each batch's scaled to a root mean square of 1 for every layer.
     "full" is the change that training the adapted weights alone makes (after the paper's Table 6), by a step of
     Adafactor without momentum (Shazeer and Stern, 2018) for every `gradient_accumulation_steps` batches. Every layer's
     gradient is scaled to one size, so that no timestep drowns the others, and so is its step: the rate alone says how
@@ -96,19 +104,19 @@ def estimate_prior(
     whatever its width (after Yang et al. 2023, "A Spectral Condition for Feature Learning").
 
     Memory on the device, beyond that of the passes themselves: one layer's gradient. In host memory, for all layers:
-    float32 matrices of the weights' sizes, one for "gradient", two for "normalized"; for "full" one copy of the weights
-    in their own dtype, from which the mapping that is returned makes float32 matrices when asked. "full" trains the
-    weights in place (LOMO's way: Lv et al., 2023), and brings them back bit for bit, also after an exception or an
-    interrupt.
+    float32 matrices of the weights' sizes, one for "gradient", two for "normalized"; for "scaled" and "full" one copy
+    of the weights in the dtype that they compute in, from which the mapping that is returned makes float32 matrices
+    when asked. "full" trains the weights in place (LOMO's way: Lv et al., 2023), and brings them back bit for bit, also
+    after an exception or an interrupt.
 
-    A weight without a gradient (quantised, or stored in 8 bits) has one estimated from the layer's inputs and the
-    gradients of its outputs, for the first two estimates; "full" then becomes "normalized" for all layers, with a
-    warning. Layers that have no gradient in any batch are named in a warning, their matrices are zero. Other adapters
-    are off while estimating. In a process group gradients are summed, or for "full" averaged in every step, and all
-    processes return the same. Raises ValueError for a loss or a gradient that is not finite.
+    A weight without a gradient (quantised, offloaded, or stored in 8 bits) has one estimated from the layer's inputs
+    and the gradients of its outputs; "full" then becomes "scaled" for all layers, with a warning. Layers that have no
+    gradient in any batch are named in a warning, their matrices are zero. Other adapters are off while estimating. In a
+    process group gradients are summed, or for "full" averaged in every step, and all processes return the same. Raises
+    ValueError for a loss or a gradient that is not finite.
     """
-    if estimate not in ("gradient", "normalized", "full"):
-        raise ValueError(f'estimate must be "gradient", "normalized" or "full", got {estimate!r}.')
+    if estimate not in get_args(Estimate):
+        raise ValueError(f"estimate must be one of {get_args(Estimate)}, got {estimate!r}.")
     if gradient_accumulation_steps < 1:
         raise ValueError(f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}.")
     layers = s2ft_layers(models, adapter_name)
@@ -122,15 +130,17 @@ def estimate_prior(
         kind = type(layers[quantised[0]].get_base_layer().weight).__name__
         warnings.warn(
             f'estimate="full" trains weights, and {quantised[0]} has one that cannot be trained ({kind}): '
-            'the estimate is "normalized" instead.',
+            'the estimate is "scaled" instead.',
             stacklevel=2,
         )
-        estimate = "normalized"
+        estimate = "scaled"
     with _only_base_weights_train(models, layers):
         if estimate == "full":
             prior = estimate_by_training(
                 layers, loss, batches, step_size=step_size, accumulation=gradient_accumulation_steps
             )
+        elif estimate == "scaled":
+            prior = estimate_by_scaled_gradients(layers, loss, batches)
         else:
             prior = estimate_by_gradient(layers, loss, batches, normalized=estimate == "normalized")
     unreached = []
