@@ -23,18 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from PIL import Image
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME
-from s2ft_diffusion.dreambooth.captions import caption_path
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
-from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.images import load_image
 from s2ft_diffusion.dreambooth.phases import PROGRESS_NAME
 
 from . import limits
 from .library import plain
 from .limits import RequestError
+from .photos import instance_prompt, store_photos
 
 logger = logging.getLogger("app")
 TRAINER = Path(__file__).resolve().parents[1] / "train_dreambooth_s2ft.py"
@@ -74,40 +71,6 @@ class Progress:
     steps: int = 0
     losses: dict[int, float] = field(default_factory=dict)
     samples: list[Path] = field(default_factory=list)
-
-
-def instance_prompt(class_name: str) -> str:
-    """What a subject is trained on."""
-    return f"a photo of sks {class_name}"
-
-
-def store_photos(paths: Sequence[Path], folder: Path, captions: Sequence[str] = ()) -> int:
-    """Check uploaded photos and write them again as PNGs named by us, with what captions there are beside them.
-
-    Raises RequestError, and writes nothing then.
-    """
-    low, high = limits.PHOTOS
-    if not low <= len(paths) <= high:
-        raise RequestError(f"{low} to {high} photos are needed, got {len(paths)}.")
-    images = []
-    for number, path in enumerate(paths, start=1):
-        try:
-            with Image.open(path) as image:
-                if image.width * image.height > limits.PHOTO_PIXELS:
-                    raise RequestError(f"Photo {number} has more than {limits.PHOTO_PIXELS // 10**6} million pixels.")
-            images.append(load_image(path))
-            images[-1].thumbnail((2048, 2048))  # at once: decoded, twenty of them would fill the memory
-        except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            if isinstance(error, RequestError):
-                raise
-            raise RequestError(f"Photo {number} is not an image that can be read.") from None
-    folder.mkdir(parents=True)
-    for number, image in enumerate(images):
-        path = folder / f"{number:02d}.png"
-        image.save(path)
-        if number < len(captions) and captions[number]:
-            caption_path(path).write_text(captions[number], encoding="utf-8")
-    return len(images)
 
 
 class TrainingQueue:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from app.limits import RequestError
-from app.training import UNFINISHED, Job, TrainingQueue, store_photos
+from app.photos import store_photos
+from app.training import UNFINISHED, Job, TrainingQueue
 from s2ft_diffusion.adapters.file import read_header
 from tests.gradio_app.conftest import PATIENCE, until
 
@@ -202,7 +203,7 @@ def test_photos_are_checked_and_encoded_again(photos, tmp_path) -> None:
     with pytest.raises(RequestError, match="Photo 4"):
         store_photos([*paths, bomb], tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    large = Image.new("RGB", (5000, 100), "red")
+    large = Image.new("RGB", (5000, 600), "red")
     large.info["exif"] = b"secret place"
     large.save(tmp_path / "large.jpg", comment=b"secret place")
     assert store_photos([*paths, tmp_path / "large.jpg"], tmp_path / "a") == 4
@@ -210,3 +211,17 @@ def test_photos_are_checked_and_encoded_again(photos, tmp_path) -> None:
     assert [path.name for path in stored] == ["00.png", "01.png", "02.png", "03.png"]
     assert max(Image.open(stored[-1]).size) == 2048
     assert b"secret" not in stored[-1].read_bytes()
+
+
+def test_captions_lie_beside_the_photos(photos, tmp_path) -> None:
+    paths = sorted(photos.iterdir())
+    words = ["a photo of sks dog at sea", *[""] * (len(paths) - 1)]
+    store_photos(paths, tmp_path / "a", words)
+    assert [path.name for path in sorted((tmp_path / "a").glob("*.txt"))] == ["00.txt"]
+    assert (tmp_path / "a" / "00.txt").read_text() == words[0]
+
+
+@pytest.mark.parametrize("captions", ["at sea", ["at sea"], {"0": "at sea"}])
+def test_captions_are_as_many_as_photos(queue, photos, captions) -> None:
+    with pytest.raises(RequestError, match="Captions must be a list with one for each of the 3 photos"):
+        queue.submit(sorted(photos.iterdir()), "Waldo", "dog", 10, 100, None, captions)

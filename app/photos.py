@@ -1,0 +1,49 @@
+"""Photos to train on: checked, and written again with their captions under names of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from s2ft_diffusion.dreambooth.captions import caption_path
+from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.images import load_image
+
+from . import limits
+from .limits import RequestError
+
+
+def instance_prompt(class_name: str) -> str:
+    """What a subject is trained on."""
+    return f"a photo of sks {class_name}"
+
+
+def store_photos(paths: Sequence[Path], folder: Path, captions: Sequence[str] = ()) -> int:
+    """Check uploaded photos and write them again as PNGs named by us, with what captions there are beside them.
+
+    Raises RequestError, and writes nothing then.
+    """
+    low, high = limits.PHOTOS
+    if not low <= len(paths) <= high:
+        raise RequestError(f"{low} to {high} photos are needed, got {len(paths)}.")
+    images = []
+    for number, path in enumerate(paths, start=1):
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > limits.PHOTO_PIXELS:
+                    raise RequestError(f"Photo {number} has more than {limits.PHOTO_PIXELS // 10**6} million pixels.")
+            images.append(load_image(path))
+            images[-1].thumbnail((2048, 2048))  # at once: decoded, twenty of them would fill the memory
+        except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"Photo {number} is not an image that can be read.") from None
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        path = folder / f"{number:02d}.png"
+        image.save(path)
+        if number < len(captions) and captions[number]:
+            caption_path(path).write_text(captions[number], encoding="utf-8")
+    return len(images)
