@@ -71,8 +71,10 @@ def main() -> None:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", disk], check=True)
         output = disk / "run"
         while moments.total() < args.moments:
-            training, before = Training(arguments(folder, output), folder / "log"), set()
-            time.sleep(draw.uniform(0.3, 1) * whole)
+            training, before, begun = Training(arguments(folder, output), folder / "log"), set(), time.monotonic()
+            moment = draw.uniform(0.3, 1) * whole
+            training.wait_until(lambda begun=begun, moment=moment: time.monotonic() - begun > moment)
+            whole = min(whole, time.monotonic() - begun) if not training.running() else whole
             if training.running():
                 nothing_more = draw.choice((full, read_only))
                 moments[nothing_more.__name__] += 1
