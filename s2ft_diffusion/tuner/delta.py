@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .config import S2FTConfig
-from .grid import Grid, GridSize, choose_grid, grid_delta, grid_factors, grid_size, row_matrix
+from .grid import Grid, GridSize, choose_grid, grid_size, row_matrix
 from .integers import from_bytes, to_bytes
 from .rearrange import Rearrangement
 from .spectrum import SpectrumIndex, count_positions, index_spectrum, inverse_transform, sample_positions
@@ -166,38 +166,49 @@ class GridDelta(LayerDelta):
         return choose_grid(self.size, self.shape, **options).tensors()
 
     def dense(self) -> torch.Tensor:
-        return grid_delta(self.coefficients, self.grid, self.rearrangement, self._exact())
+        b, a = self.factors()
+        return b @ a
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """B (d, r) and A (r, k), r = min(r1, r2): the unscaled weight change as a LoRA, exactly."""
-        return grid_factors(self.coefficients, self.grid, self.rearrangement, self._exact())
+        """B (d, r) and A (r, k), r = min(r1, r2): the unscaled weight change as a LoRA, exactly.
+
+        In float32, or float64 for float64 coefficients.
+        """
+        exact = torch.float64 if self.coefficients.dtype == torch.float64 else torch.float32
+        up, table, down = self._thin(self._fixed_in(exact, self.coefficients.device), 1.0)
+        return (up, table @ down) if up.shape[1] < down.shape[0] else (up @ table, down)
 
     def added_to(self, matrix: torch.Tensor, scale: float) -> torch.Tensor:
         b, a = self.factors()
         return torch.addmm(matrix.to(b.device, b.dtype), b, a, alpha=scale)  # no dense change beside the sum
 
-    def _exact(self) -> torch.dtype:
-        return torch.float64 if self.coefficients.dtype == torch.float64 else torch.float32
-
     def forward(self, scale: float, dtype: torch.dtype) -> ThinFactors:
-        coefficients = self.coefficients
-        fixed = self._fixed
-        if fixed is None or fixed[0].dtype != dtype or fixed[0].device != coefficients.device:
-            fixed = self._make_fixed(dtype, coefficients.device)
-            if not torch.compiler.is_compiling():
-                self._fixed = fixed
+        fixed = self._fixed_in(dtype, self.coefficients.device)
+        if not torch.compiler.is_compiling():
+            self._fixed = fixed
+        return self._thin(fixed, scale)
+
+    def _thin(self, fixed: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], scale: float) -> ThinFactors:
         up, down, places = fixed
-        table = coefficients
+        table = self.coefficients
         if scale != 1.0:  # not in the coefficients' half precision where the product is in a wider one
-            table = table.to(torch.promote_types(table.dtype, dtype)) * scale
+            table = table.to(torch.promote_types(table.dtype, up.dtype)) * scale
         if places is not None:
             table = table.new_zeros(up.shape[1] * down.shape[0]).index_copy(0, places, table)
             table = table.view(up.shape[1], down.shape[0])
-        return ThinFactors(up, table.to(dtype), down)
+        return ThinFactors(up, table.to(up.dtype), down)
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
-        if self._fixed is None or self._fixed[0].dtype != dtype or self._fixed[0].device != device:
-            self._fixed = self._make_fixed(dtype, device)
+        self._fixed = self._fixed_in(dtype, device)
+
+    def _fixed_in(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What is held, if it has this dtype and lies on this device; else made anew."""
+        held = self._fixed
+        if held is not None and held[0].dtype == dtype and held[0].device == device:
+            return held
+        return self._make_fixed(dtype, device)
 
     def forget(self) -> None:
         self._fixed = None

@@ -68,20 +68,11 @@ class Rearrangement:
         """The inverse, and adjoint, of `apply_columns`."""
         return self._columns().to_latent(weight, 1)
 
-    # And along the first, of vectors that are the columns of a matrix: T(latent) @ x is
-    # scatter_rows(latent @ gather_columns(x)).
+    # And along the first.
 
-    def gather_columns(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs (k, tokens) of a layer, brought into the latent matrix's order and signs."""
-        return self._columns().to_latent(x, 0)
-
-    def scatter_columns(self, latent: torch.Tensor) -> torch.Tensor:
-        """The inverse, and adjoint, of `gather_columns`."""
-        return self._columns().to_weight(latent, 0)
-
-    def gather_rows(self, y: torch.Tensor) -> torch.Tensor:
-        """Outputs (d, tokens) of a layer, brought into the latent matrix's order and signs."""
-        return self._rows().to_latent(y, 0)
+    def gather_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rows of a matrix (d, n) from the weight's order to the latent one."""
+        return self._rows().to_latent(weight, 0)
 
     def scatter_rows(self, latent: torch.Tensor) -> torch.Tensor:
         """The inverse, and adjoint, of `gather_rows`."""
