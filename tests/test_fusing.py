@@ -40,7 +40,7 @@ def test_a_lora_that_is_fused_beside_it_survives(pipe, dtype) -> None:
     pipe.unet.unfuse_lora()
     for layer, weight in zip(queries, before, strict=True):
         error = (layer.get_base_layer().weight - weight).norm() / weight.norm()
-        assert error < (1e-5 if dtype == torch.float32 else 0.02)
+        assert error < (1e-5 if dtype == torch.float32 else 0.03)  # several roundings to bfloat16
 
 
 def _lora_around(pipe, layer) -> bool:
