@@ -28,7 +28,7 @@ def main() -> None:
         blocks, app, address = launch(parse_arguments(flags), block=False)
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
-            light = opened(browser, address, viewport={"width": 1180, "height": 900})
+            light = opened(browser, address, viewport={"width": 1180, "height": 815})
             generate(light, images=4)
             light.screenshot(path=args.folder / "app-generate.png")
             dark = opened(browser, f"{address}?__theme=dark", viewport={"width": 1180, "height": 700})

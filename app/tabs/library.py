@@ -57,10 +57,10 @@ class LibraryTab:
                 "", label="Search", placeholder="dog, toybox, …", scale=3, min_width=160, elem_id="search"
             )
             self.sort = gr.Radio(list(SORTS), value=SORTS[0], label="Sort", scale=4, min_width=260, elem_id="sort")
-            self.others = gr.Checkbox(False, label="Other bases' too", min_width=120, scale=1, elem_id="others")
             self.look = gr.Button("Refresh", min_width=90, scale=0, elem_id="refresh", elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
+                self.others = gr.Checkbox(False, label="Other bases' too", container=False, elem_id="others")
                 self.tiles = tiles("Adapters", self.tiles_for("", SORTS[0]), look="wall", elem_id="library")
             with gr.Column(scale=3, min_width=260):
                 with gr.Row():
