@@ -36,8 +36,10 @@ class AllocationTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None):
         result = function(*args, **(kwargs or {}))
+        # A view of what was there before the block, such as a transposed weight, is nothing new.
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._count(tensor.untyped_storage())
         return result
 
