@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_sizes_are_in_the_relation_that_is_compared(toybox_pipe) -> None:
     targets = attention_targets(unet)
     ours = sum(numbers(0.02, unet.get_submodule(name)) for name in targets)
     counts = {}
-    for kind in ("lora", "fourierft", "waveft"):
+    for kind in ("lora", "lora-bytes", "oft", "fourierft", "waveft"):
         adapted = type(unet).from_config(unet.config)
         adapted.requires_grad_(False)
         adapted.add_adapter(peft_config(kind, adapted, targets, 0.02, 0))
@@ -98,6 +99,11 @@ def test_sizes_are_in_the_relation_that_is_compared(toybox_pipe) -> None:
     assert counts["lora"] < LORA_NUMBERS * ours * (1 + 1 / lora_rank(unet, targets, 0.02))
     for kind in ("fourierft", "waveft"):
         assert ours / counts[kind] == pytest.approx(0.8, rel=1e-3)
+    assert counts["lora"] / 2.1 < counts["oft"] <= counts["lora"]  # blocks are powers of two
+    # S²FT's file: its numbers in half precision, and of every row and column an order of eight bits and a sign.
+    sides = sum(sum(unet.get_submodule(name).weight.shape) for name in targets)
+    allowed = 2 * ours + sides * 9 / 8
+    assert 2 * counts["lora-bytes"] <= allowed < 2 * (counts["lora-bytes"] + sides)
 
 
 def test_what_adapts_no_convolution_has_as_many_numbers_in_the_linear_layers(toybox_pipe) -> None:
@@ -159,6 +165,26 @@ def test_peak_memory_counts_what_is_freed_again() -> None:
         block = torch.ones(50 * 2**20 // 4)
         del block
     assert 45 * 2**20 < peak.bytes < 80 * 2**20
+
+
+def test_a_prior_is_kept_for_other_rates_and_grids(tmp_path, monkeypatch) -> None:
+    made = []
+
+    def estimate(model, loss, batches, *, estimate) -> dict[str, torch.Tensor]:
+        made.append(estimate)
+        return {"layer": torch.full((2, 3), float(len(made)))}
+
+    monkeypatch.setattr("eval.training.estimate_prior", estimate)
+    write_photos("perk", tmp_path / "photos")
+    run = Run("toybox", tmp_path / "photos", "a photo of sks mug", 0, 0.02, steps=2, priors=tmp_path / "priors")
+    paper, default = (m for m in METHODS if m.kind == "s2ft")
+    for method in (paper, paper, default):
+        Session(run, method.adapter).prior(method.estimate)
+    assert made == [paper.estimate.kind, default.estimate.kind]
+    kept = Session(run, paper.adapter).prior(paper.estimate)
+    assert torch.equal(kept["layer"], torch.ones(2, 3))
+    Session(replace(run, seed=1), paper.adapter).prior(paper.estimate)
+    assert len(made) == 3
 
 
 @pytest.mark.slow
