@@ -276,3 +276,11 @@ class Family:
         A flow's prediction is of noise minus latents.
         """
         raise NotImplementedError
+
+
+def blank_words(tokens: int, width: int) -> Conditions:
+    """Blank conditions of some families: words (1, tokens, width) with nothing in them, and a mask that covers none."""
+    return {
+        "encoder_hidden_states": torch.zeros(1, tokens, width),
+        "encoder_attention_mask": torch.ones(1, tokens, dtype=torch.int64),
+    }

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from .family import Conditions, Configs
+from .family import Conditions, Configs, blank_words
 from .stable_diffusion import NoiseFamily
 
 
@@ -20,11 +20,7 @@ class PixArtSigma(NoiseFamily):
 
     @classmethod
     def blank_conditions(cls, configs: Configs) -> Conditions:
-        words = torch.zeros(1, cls.max_tokens, configs["transformer"]["caption_channels"])
-        return {
-            "encoder_hidden_states": words,
-            "encoder_attention_mask": torch.ones(words.shape[:2], dtype=torch.int64),
-        }
+        return blank_words(cls.max_tokens, configs["transformer"]["caption_channels"])
 
     def encode_prompt(self, prompt: str) -> Conditions:
         words, mask, _, _ = self.pipeline.encode_prompt(

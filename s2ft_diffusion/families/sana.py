@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from .family import Conditions, Configs, Family
+from .family import Conditions, Configs, Family, blank_words
 
 
 class Sana(Family):
@@ -35,11 +35,7 @@ class Sana(Family):
 
     @classmethod
     def blank_conditions(cls, configs: Configs) -> Conditions:
-        words = torch.zeros(1, cls.max_tokens, configs["transformer"]["caption_channels"])
-        return {
-            "encoder_hidden_states": words,
-            "encoder_attention_mask": torch.ones(words.shape[:2], dtype=torch.int64),
-        }
+        return blank_words(cls.max_tokens, configs["transformer"]["caption_channels"])
 
     def encode_prompt(self, prompt: str) -> Conditions:
         defaults = self.call_defaults()
