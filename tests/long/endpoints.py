@@ -39,7 +39,8 @@ VALUES = st.recursive(
 def ends_in(address: str, endpoint: str, values: list[Any]) -> tuple[str, str]:
     """How a call ended: "complete", "error" or "refused", and what was said."""
     body = json.dumps({"data": values, "session_hash": SESSION})
-    begun = httpx.post(f"{address}gradio_api/call{endpoint}", content=body, timeout=600)
+    kind = {"Content-Type": "application/json"}
+    begun = httpx.post(f"{address}gradio_api/call{endpoint}", content=body, headers=kind, timeout=600)
     if begun.status_code != 200:
         assert begun.status_code < 500, (endpoint, values, begun.text)
         return "refused", begun.text
@@ -72,8 +73,11 @@ def main() -> None:
                 usual = [parameter.get("parameter_default") for parameter in described["parameters"]]
 
                 @settings(max_examples=args.examples, deadline=None, suppress_health_check=list(HealthCheck))
-                @given(values=st.tuples(*(st.just(value) | VALUES for value in usual)).map(list) | st.lists(VALUES))
-                def calls(values: list[Any], endpoint: str = endpoint) -> None:
+                @given(
+                    endpoint=st.just(endpoint),
+                    values=st.tuples(*(st.just(value) | VALUES for value in usual)).map(list) | st.lists(VALUES),
+                )
+                def calls(endpoint: str, values: list[Any]) -> None:
                     end, said = ends_in(address, endpoint, values)
                     ends[end] += 1
                     if said == "null" or "Something went wrong" in said:  # an exception that nobody foresaw
@@ -84,6 +88,7 @@ def main() -> None:
                 print(endpoint, dict(ends), f"{len(unclear)} unclear", flush=True)
             for endpoint, values in unclear[:20]:
                 print("unclear:", endpoint, json.dumps(values)[:300])
+            assert ends["complete"] and ends["error"], ends
             assert picture() == before
             assert threading.active_count() <= threads + 8, (threads, threading.active_count())
         finally:
