@@ -30,6 +30,7 @@ def main() -> None:
             browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
             light = opened(browser, address, viewport={"width": 1180, "height": 815})
             generate(light, images=4)
+            light.evaluate("scrollTo(0, 0)")
             light.screenshot(path=args.folder / "app-generate.png")
             dark = opened(browser, f"{address}?__theme=dark", viewport={"width": 1180, "height": 700})
             dark.get_by_role("tab", name="Library").click()
