@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.training_utils import cast_training_params
 from peft import FourierFTConfig, LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -54,6 +62,7 @@ class Base:
 
     def configs(self, model: nn.Module) -> Configs:
         vae = {"block_out_channels": (1,) * self.blocks, "latent_channels": self.latent_channels}
+        vae |= {"encoder_block_out_channels": (1,) * self.blocks}
         vae |= {"z_dim": self.latent_channels, "temperal_downsample": (True,) * (self.blocks - 1)}
         return {self.family.denoiser: dict(model.config), "vae": vae}
 
@@ -61,13 +70,30 @@ class Base:
 PLAIN = ComputeSettings()
 CHECKPOINTED = ComputeSettings(gradient_checkpointing=True)
 NF4 = ComputeSettings(gradient_checkpointing=True, quantize="nf4")
+
+
+def _pixart_sigma() -> nn.Module:
+    return PixArtTransformer2DModel(caption_channels=4096, use_additional_conditions=False)
+
+
+def _sd35_medium() -> nn.Module:
+    return SD3Transformer2DModel(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384, qk_norm="rms_norm",
+        dual_attention_layers=tuple(range(13)),
+    )  # fmt: skip
+
+
 BASES = {
     "sd15": Base(SHAPES["sd15"].build, "StableDiffusionPipeline", CHECKPOINTED),
     "sdxl": Base(SHAPES["sdxl"].build, "StableDiffusionXLPipeline", CHECKPOINTED),
+    "pixart-sigma": Base(_pixart_sigma, "PixArtSigmaPipeline", CHECKPOINTED),
+    "sana": Base(SanaTransformer2DModel, "SanaPipeline", CHECKPOINTED, 32, 6),
+    "sd35-medium": Base(_sd35_medium, "StableDiffusion3Pipeline", CHECKPOINTED, 16),
     "klein": Base(SHAPES["klein"].build, "Flux2KleinPipeline", NF4, 32),
     "z-image": Base(ZImageTransformer2DModel, "ZImagePipeline", NF4, 16),
     "flux-dev": Base(lambda: FluxTransformer2DModel(guidance_embeds=True), "FluxPipeline", NF4, 16),
     "qwen-image": Base(QwenImageTransformer2DModel, "QwenImagePipeline", NF4, 16),
+    "flux2-dev": Base(Flux2Transformer2DModel, "Flux2Pipeline", NF4, 32),
     "sd15-small": Base(SHAPES["sd15-small"].build, "StableDiffusionPipeline", PLAIN),
     "sdxl-small": Base(SHAPES["sdxl-small"].build, "StableDiffusionXLPipeline", CHECKPOINTED),
     "klein-small": Base(SHAPES["klein-small"].build, "Flux2KleinPipeline", NF4, 32),

@@ -1,7 +1,7 @@
 """How near estimates of a weight change come to what longer training of the weights makes of them, on the toybox.
 
-    python -m benchmarks.prior --base unet --subjects dash pip perk --json docs/results/prior.json
-    python -m benchmarks.prior --base flow --subjects dash pip perk --json docs/results/prior.json
+    python -m benchmarks.prior --base toybox --subjects dash pip perk --json docs/results/prior.json
+    python -m benchmarks.prior --base toybox-flow --subjects dash pip perk --json docs/results/prior.json
 
 The true change is `--truth_steps` AdamW steps of four images at 1e-4, of the attention layers alone, with draws of its
 own; it is kept in `--truth`. Columns are means over the layers: the cosine with it, and the shares of its energy that
@@ -20,16 +20,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 from eval.energy import share_on_grid, share_reached
-from s2ft_diffusion import S2FTConfig, attention_targets, estimate_prior, toybox
+from eval.training import Run, Session
+from s2ft_diffusion import S2FTConfig, estimate_prior
 from s2ft_diffusion.dreambooth.draws import Draw, DrawStream
-from s2ft_diffusion.dreambooth.images import SquareImages
-from s2ft_diffusion.dreambooth.loss import LatentSource
+from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, write_photos
 from s2ft_diffusion.tuner.grid import choose_grid, grid_size
 from s2ft_diffusion.tuner.prior import STEP_SIZE, rearrangement_for
@@ -44,7 +43,7 @@ SHARE = 0.01
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--base", choices=("unet", "flow"), default="unet")
+    arguments.add_argument("--base", choices=("toybox", "toybox-flow"), default="toybox")
     arguments.add_argument("--subjects", nargs="+", choices=ALL_SUBJECTS, default=["dash"])
     arguments.add_argument("--estimates", nargs="+", default=["adam .2", f"full {STEP_SIZE}"], help="name, step size")
     arguments.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="the base's")
@@ -77,52 +76,29 @@ class World:
     """A denoiser, a subject's photos as latents, and the training loss of draws of them."""
 
     def __init__(self, base: str, subject: str, dtype: torch.dtype = torch.float32) -> None:
-        pipeline = DiffusionPipeline.from_pretrained(toybox.base_path(base), torch_dtype=torch.float32)
-        prompt = ALL_SUBJECTS[subject].instance_prompt
-        options = {"do_classifier_free_guidance": False}
-        with torch.no_grad():
-            if base == "unet":
-                context, _ = pipeline.encode_prompt(prompt, "cpu", 1, **options)
-                self.conditions = {"encoder_hidden_states": context.to(dtype)}
-            else:
-                context, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, max_sequence_length=32, **options)
-                self.conditions = {
-                    "encoder_hidden_states": context.to(dtype),
-                    "pooled_projections": pooled.to(dtype),
-                }
-        self.base, self.dtype, self.scheduler = base, dtype, pipeline.scheduler
-        self.model = (pipeline.unet if base == "unet" else pipeline.transformer).to(dtype).requires_grad_(False)
-        self.targets = attention_targets(self.model, "attention")
+        toy, self.dtype = ALL_SUBJECTS[subject], dtype
+        self.prompt = f"a photo of {UNSEEN_TOKEN} {toy.kind}"
         with tempfile.TemporaryDirectory() as folder:
-            paths = write_photos(subject, Path(folder))
-            self.source = LatentSource(SquareImages(paths, 64, center_crop=True), pipeline.vae)
-            self.source.keep_all((False,))
+            photos = Path(folder)
+            write_photos(subject, photos)
+            self.session = Session(Run(base, photos, self.prompt, 0, SHARE, "attention"))
+        self.model = self.session.denoiser.to(dtype).requires_grad_(False)
+        self.targets = self.session.targets
 
     def stream(self, seed: int) -> DrawStream:
-        return DrawStream("instance", seed, len(self.source), (16, 8, 8), random_flip=False)
+        return DrawStream("instance", seed, len(self.session.source), self.session.plan.latent_shape, random_flip=False)
 
-    def losses(self, draws: Sequence[Draw]) -> torch.Tensor:
-        """The loss (n,) of every draw: the velocity's error, of a flow at logit-normal times."""
-        latents = torch.stack([self.source.encode(draw) for draw in draws])
-        noise = torch.stack([draw.noise for draw in draws])
-        time = torch.tensor([draw.time for draw in draws])
-        if self.base == "unet":
-            timesteps = (time * 1000).long()
-            noisy = self.scheduler.add_noise(latents, noise, timesteps)
-            target = self.scheduler.get_velocity(latents, noise, timesteps)
-        else:
-            sigma = torch.special.ndtri(time.double().clamp(1e-4, 1 - 1e-4)).sigmoid().float()
-            noisy = latents + sigma[:, None, None, None] * (noise - latents)
-            target, timesteps = noise - latents, sigma * 1000
-        conditions = {name: value.expand(len(draws), *value.shape[1:]) for name, value in self.conditions.items()}
-        prediction = self.model(noisy.to(self.dtype), timestep=timesteps, **conditions, return_dict=False)[0]
-        return (prediction.float() - target).square().flatten(1).mean(1)
+    def loss(self, draws: Sequence[Draw]) -> torch.Tensor:
+        """The recipe's loss, the mean over the draws."""
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+            return self.session.loss([(draw, self.session.source, self.prompt, 1.0) for draw in draws])
 
     @torch.no_grad()
     def other_loss(self) -> float:
         """The mean over draws that no estimate has seen."""
         draws = self.stream(OTHER_SEED).stratified(8)
-        return float(torch.cat([self.losses(draws[i : i + 8]) for i in range(0, len(draws), 8)]).mean())
+        batches = [draws[i : i + 8] for i in range(0, len(draws), 8)]
+        return statistics.fmean(float(self.loss(batch)) for batch in batches for _ in batch)
 
 
 def true_change(args: argparse.Namespace, subject: str) -> dict[str, torch.Tensor]:
@@ -137,7 +113,7 @@ def true_change(args: argparse.Namespace, subject: str) -> dict[str, torch.Tenso
     optimizer = torch.optim.AdamW(weights.values(), lr=1e-4, weight_decay=0.0)
     stream = world.stream(TRUTH_SEED)
     for step in tqdm(range(args.truth_steps), desc=f"{subject}: true change", mininterval=5):
-        world.losses([stream.sample(i) for i in range(4 * step, 4 * step + 4)]).mean().backward()
+        world.loss([stream.sample(i) for i in range(4 * step, 4 * step + 4)]).backward()
         nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -156,11 +132,7 @@ def estimated(world: World, name: str, step_size: float, draws: int) -> tuple[di
         prior = _by_adam(world, batches, step_size)
     else:
         world.model.add_adapter(S2FTConfig(target_modules=world.targets, n_frequency=64))
-        prior = dict(
-            estimate_prior(
-                world.model, lambda b: world.losses(b).mean(), batches, estimate=name, step_size=step_size
-            ).items()
-        )
+        prior = dict(estimate_prior(world.model, world.loss, batches, estimate=name, step_size=step_size).items())
         world.model.delete_adapters("default")
     with torch.no_grad():
         for layer, change in prior.items():
@@ -183,7 +155,7 @@ def _by_adam(world: World, batches: Sequence[list[Draw]], step_size: float) -> d
     )
     growing = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 2 * (step + 1) / (len(batches) + 1))
     for batch in batches:
-        world.losses(batch).mean().backward()
+        world.loss(batch).backward()
         norm = nn.utils.get_total_norm([w.grad for w in weights.values() if w.grad is not None])
         for weight in weights.values():
             if weight.grad is not None:

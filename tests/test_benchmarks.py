@@ -38,13 +38,14 @@ def test_it_explains_itself(name, monkeypatch, capsys) -> None:
         ("infer", "--n 300 --rounds 1 --dtype bfloat16 --clock cpu"),
         ("size", "--n 300"),
         ("crowd", "--n 300 --adapters 3"),
+        ("prior", "--base toybox-flow --truth_steps 1 --draws 1"),
     ],
 )
 @pytest.mark.slow
 def test_it_measures_a_small_shape(name, options, tmp_path, monkeypatch) -> None:
     """What needs a GPU at full size runs here too."""
     command = [option.replace("_default", " default") for option in (*options.split(), "--device", "cpu")]
-    if "--shape" not in command:
+    if "--shape" not in command and name != "prior":
         command += ["--shape", "sd15-small"]
     path = tmp_path / "report.json"
     monkeypatch.setattr(sys, "argv", [f"benchmarks.{name}", *command, "--json", str(path)])
