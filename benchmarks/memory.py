@@ -113,9 +113,12 @@ def adapted(args: argparse.Namespace, method: str) -> Callable[[str, nn.Module],
     """Puts a method on a model's layers."""
 
     def adapt(_: str, model: nn.Module) -> None:
-        targets = attention_targets(model, args.targets)
+        layers = {name: model.get_submodule(name) for name in attention_targets(model, args.targets)}
         if method == "FourierFT":  # it adapts no convolutions
-            targets = [name for name in targets if isinstance(model.get_submodule(name), nn.Linear)]
+            layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        if method.startswith("LoRA"):  # nor does it one channel by channel
+            layers = {name: layer for name, layer in layers.items() if getattr(layer, "groups", 1) == 1}
+        targets = list(layers)
         inject_adapter_in_model(method_config(method, targets, args.n), model)
 
     return adapt
