@@ -53,13 +53,7 @@ class Training:
 
     def __init__(self, argv: Sequence[str], log: Path) -> None:
         self.log = log
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before)))  # the server's, if it starts now
-        try:
-            self.process: BaseProcess = _SERVER.Process(target=_train, args=(list(argv), str(log)))
-            self.process.start()
-        finally:
-            os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+        self.process = _forked(list(argv), str(log))
 
     @property
     def said(self) -> str:
@@ -90,6 +84,23 @@ def train(argv: Sequence[str], log: Path) -> Training:
     training = Training(argv, log)
     assert training.wait() == 0, training.said[-3000:]
     return training
+
+
+def _forked(*args: object) -> BaseProcess:
+    """A started process. Where the server has died (it could not fork, or something killed it), of another server."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before)))  # the server's, if it starts now
+    try:
+        for last in (False, False, True):
+            process = _SERVER.Process(target=_train, args=args)
+            try:
+                process.start()
+                return process
+            except (EOFError, ConnectionError) as error:
+                if last:
+                    raise RuntimeError("the fork server died three times: its stderr says why") from error
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
 def _train(argv: list[str], log: str) -> None:
