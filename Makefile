@@ -1,6 +1,6 @@
 # make demo: train on a toybox subject and look at the result.   make test: lint and run the tests, in minutes.
 # make test-all: the slow tests, too, some of which want a Chromium and npm.
-# make test-long: an hour of fuzzing, killing and crowds (tests/long).
+# make test-long: hours of fuzzing, killing and crowds (tests/long).
 # make docs: build the documentation into site/.
 # All set up .venv first; someone who has an environment uses it with VENV=path.
 VENV ?= .venv
@@ -39,7 +39,7 @@ test-all: lint $(AXE)
 	$(PYTEST)
 
 test-long: $(STAMP)
-	$(PYTHON) -m tests.fuzz_adapter_file --seconds 1200
+	$(PYTHON) -m tests.fuzz_adapter_file --files 1_000_000 --attach 0.1
 	$(PYTHON) -m tests.long.killing --moments 200
 	$(PYTHON) -m tests.long.full_disk --moments 40
 	$(PYTHON) -m tests.long.processes

@@ -29,7 +29,7 @@ from s2ft_diffusion import toybox
 from s2ft_diffusion.adapters.file import AdapterFileError
 from s2ft_diffusion.dreambooth.base import find_family
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.prompts import lost_words, read_windows
+from s2ft_diffusion.dreambooth.prompts import COMMON_WORDS, loses_subject, lost_words, read_windows, words
 from s2ft_diffusion.dreambooth.settings import BaseSettings
 from s2ft_diffusion.families import FAMILIES, Family, Sampling
 from s2ft_diffusion.families.loading import load_pipeline, place_pipeline
@@ -229,6 +229,7 @@ class Engine:
         wanted = [(library.get(adapter), strength) for adapter, strength in settings.adapters]
         if settings.scheduler not in self.schedulers:
             raise RequestError(f"This base is sampled by its own scheduler alone: {OWN!r}, not {settings.scheduler!r}.")
+        self._check_read(settings.prompt, [entry for entry, _ in wanted])
         if settings.negative_prompt and self.family.negative_prompt is None:
             raise RequestError("This base takes no negative prompt: its guidance is distilled.")
         worker = self._workers.get()
@@ -262,6 +263,14 @@ class Engine:
             raise RequestError("There is not enough memory for this; ask for fewer images at once.") from None
         finally:
             self._workers.put(worker)
+
+    def _check_read(self, prompt: str, entries: list[Entry]) -> None:
+        """Raise RequestError for a prompt at whose end an adapter's subject would not be read."""
+        subject = words(" ".join(entry.info.instance_prompt or "" for entry in entries)) - COMMON_WORDS
+        with self._counting:
+            if subject and loses_subject(prompt, subject, self._windows):
+                lost = lost_words(prompt, self._windows)
+                raise RequestError(f"The base would not read “{lost}”, where the subject is: put the subject first.")
 
     @torch.inference_mode(False)
     @torch.no_grad()

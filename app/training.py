@@ -243,7 +243,7 @@ class TrainingQueue:
             environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
         elif self.device.startswith("cuda:"):
             environment["CUDA_VISIBLE_DEVICES"] = self.device.removeprefix("cuda:")
-        with (folder / "log.txt").open("w") as log:
+        with (folder / "log.txt").open("w", encoding="utf-8") as log:
             child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             with self._wake:
                 self._child = (job.id, child)
@@ -281,13 +281,13 @@ class TrainingQueue:
     def _save(self, job: Job) -> None:
         path = self.folder / job.id / "job.json"
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(job)))
+        temporary.write_text(json.dumps(asdict(job)), encoding="utf-8")
         os.replace(temporary, path)
 
     def _restore(self) -> None:
         for path in sorted(self.folder.glob("*/job.json"), key=lambda p: p.stat().st_mtime):
             try:
-                job = Job(**json.loads(path.read_text()))
+                job = Job(**json.loads(path.read_text(encoding="utf-8")))
             except (TypeError, ValueError):
                 continue
             self.jobs[job.id] = job
@@ -344,7 +344,8 @@ def _stop(child: subprocess.Popen) -> None:
 
 def _last_words(log: Path, code: int) -> str:
     """The trainer's one line of error, without paths of this machine."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
     said = next((line for line in reversed(lines) if line.startswith(TRAINER.name) or "Error" in line), "")
     reason = plain(said.removeprefix(f"{TRAINER.name}: ").removeprefix("error: "))[:300]
     if code < 0:

@@ -210,7 +210,7 @@ def report(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the results beside the adapter, and upload both where asked."""
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / RESULTS_NAME
-        path.write_text(json.dumps(facts, indent=2) + "\n")
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         print(json.dumps(facts["metrics"]))
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

@@ -22,6 +22,7 @@ from s2ft_diffusion import AdapterInfo, S2FTConfig, attention_targets, toybox
 from s2ft_diffusion.adapters.file import Adapter
 from s2ft_diffusion.tuner.seeding import seeded
 from tests import training_process
+from tests.random_adapters import tiny_denoisers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -123,6 +124,12 @@ def toybox_pipe(_base_modules) -> StableDiffusionPipeline:
     return pipeline_of(
         modules | {name: copy.deepcopy(getattr(_base_modules, name)) for name in ("unet", "text_encoder", "scheduler")}
     )
+
+
+@pytest.fixture(scope="session")
+def denoisers() -> dict[str, nn.Module]:
+    """A tiny denoiser of each family, without numbers."""
+    return tiny_denoisers()
 
 
 def generate(pipeline: StableDiffusionPipeline, prompt: str = "a photo of sks cat", **options) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Mutated adapter files: each is read, or refused with an AdapterFileError, and nothing else happens.
 
     python -m tests.fuzz_adapter_file --seconds 3600 --keep found/
+    python -m tests.fuzz_adapter_file --files 1_000_000 --attach 0.2 --seed 0
 
 Mutations know the format: they change bytes anywhere, values of the safetensors header and of the JSON in it, tensors'
 types, shapes, places and contents, and combine these. A file that is read is also put on a model that it fits, whose
@@ -181,8 +182,8 @@ def _contents(file: bytes, rng: random.Random) -> bytes:
     return _joined(header, data[:start] + fill + data[start + size :])
 
 
-def try_file(path: Path, model: nn.Module, base: dict[str, torch.Tensor]) -> str:
-    """Read a file and use it; returns what came of it. Any exception but AdapterFileError passes through."""
+def try_file(path: Path, model: nn.Module, base: dict[str, torch.Tensor], *, attach: bool = True) -> str:
+    """Read a file and (`attach`) use it; returns what came of it. Any exception but AdapterFileError passes through."""
     try:
         read_header(path)
     except AdapterFileError as error:
@@ -196,6 +197,8 @@ def try_file(path: Path, model: nn.Module, base: dict[str, torch.Tensor]) -> str
         check_fits(adapter, {"unet": model}, "file")
     except AdapterFileError:
         return "read, does not fit"
+    if not attach:
+        return "read"
     attach_adapter({"unet": model}, adapter, "x")
     with torch.no_grad():
         for name in ("to_q", "to_v"):
@@ -214,9 +217,12 @@ def try_file(path: Path, model: nn.Module, base: dict[str, torch.Tensor]) -> str
 
 
 def fuzz(
-    folder: Path, seed: int, *, files: int | None = None, seconds: float | None = None
+    folder: Path, seed: int, *, files: int | None = None, seconds: float | None = None, attach: float = 1.0
 ) -> tuple[Counter, list[Path]]:
-    """Try mutated files until there have been enough; returns what came of them, and those that broke something."""
+    """Try mutated files until there have been enough; returns what came of them, and those that broke something.
+
+    `attach` is the share of them that are put on a model, if they fit: it takes twenty times as long as reading.
+    """
     rng = random.Random(seed)
     started, outcomes, broken = time.monotonic(), Counter(), []
     corpus, model = seeds(folder), new_model()
@@ -225,7 +231,7 @@ def fuzz(
     while outcomes.total() != files and (seconds is None or time.monotonic() - started < seconds):
         path.write_bytes(mutated(rng.choice(corpus), rng))
         try:
-            outcomes[try_file(path, model, base)] += 1
+            outcomes[try_file(path, model, base, attach=rng.random() < attach)] += 1
         except Exception as error:
             outcomes[type(error).__name__] += 1
             broken.append(folder / f"broken-{len(broken):04d}.safetensors")
@@ -238,15 +244,18 @@ def fuzz(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--seconds", type=float, help="how long (default: an hour, if --files is not given)")
+    parser.add_argument("--files", type=int, help="how many files")
+    parser.add_argument("--attach", type=float, default=1.0, help="share of the files that are put on a model")
     parser.add_argument("--seed", type=int, default=random.randrange(2**31))
     parser.add_argument("--keep", type=Path, help="folder for files that break something")
     args = parser.parse_args()
+    seconds = 3600 if args.seconds is None and args.files is None else args.seconds
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        outcomes, broken = fuzz(folder, args.seed, seconds=args.seconds)
+        outcomes, broken = fuzz(folder, args.seed, files=args.files, seconds=seconds, attach=args.attach)
         print(f"seed {args.seed}: {outcomes.total():,} files; {dict(outcomes)}")
         for path in broken:
             print(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip().splitlines()[-1])

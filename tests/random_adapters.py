@@ -13,6 +13,7 @@ from s2ft_diffusion.adapters.file import Adapter
 from s2ft_diffusion.adapters.names import canonical_name
 from s2ft_diffusion.adapters.weights import FreeWeights, GridWeights, LayerWeights
 from s2ft_diffusion.tuner.layer import delta_shape
+from s2ft_diffusion.tuner.rearrange import Rearrangement, find_rearrangement
 
 ROPE = {"axes_dims_rope": (4, 4, 8), "attention_head_dim": 16, "num_attention_heads": 4}
 
@@ -111,3 +112,15 @@ def random_adapter(
 def dense(adapter: Adapter, component: str, name: str) -> torch.Tensor:
     """A layer's weight change (d, k), scaling included."""
     return adapter.layers[component][name].delta() * adapter.configs[component].scaling
+
+
+def some_targets(model: nn.Module, text: nn.Module | None = None) -> dict[str, list[str]]:
+    """A few layers of every kind: attention, feed-forward, 3x3 and 1x1 convolutions."""
+    found = [n for n in attention_targets(model, "all") if "down_blocks.0" in n or "mid_block" in n]
+    return {"unet": found} | ({"text_encoder": attention_targets(text, "attention")} if text is not None else {})
+
+
+def arranged(shape: tuple[int, int], seed: int = 0) -> Rearrangement:
+    """Orders and signs of a random matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    return find_rearrangement(torch.randn(shape, generator=generator), signs=True, generator=generator)

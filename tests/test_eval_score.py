@@ -194,7 +194,8 @@ def test_prompts_of_any_script_have_images_of_their_own(tmp_path) -> None:
 @pytest.mark.slow
 def test_an_adapter_for_another_base_is_refused_before_an_image_is_made(tmp_path, capsys) -> None:
     adapter = read_adapter(ADAPTER)
-    adapter.layers["unet"] = {f"elsewhere.{name}": layer for name, layer in adapter.layers["unet"].items()}
+    for facts in (adapter.layers, adapter.kernels):
+        facts["unet"] = {f"elsewhere.{name}": fact for name, fact in facts["unet"].items()}
     write_adapter(tmp_path / "other.safetensors", adapter)
     assert main([*arguments(tmp_path), "--adapter", str(tmp_path / "other.safetensors")]) == 2
     assert "no linear layer or convolution there" in capsys.readouterr().err

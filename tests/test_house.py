@@ -66,6 +66,26 @@ def test_nothing_imports_what_comes_after_it(folder) -> None:
             assert not later, f"{path.relative_to(PACKAGE)} imports {sorted(later)}"
 
 
+def _by_the_locale(node: ast.Call) -> bool:
+    """Whether a call opens, reads or writes text in whatever encoding the machine's locale says."""
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+    if any(keyword.arg == "encoding" for keyword in node.keywords):
+        return False
+    modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    if name == "open":  # a file's, if it is given a mode or nothing
+        of_a_file = isinstance(node.func, ast.Name) or modes or not node.args
+        return bool(of_a_file) and not any("b" in mode for mode in modes)
+    return isinstance(node.func, ast.Attribute) and name in ("read_text", "write_text")
+
+
+def test_text_files_are_utf_8() -> None:
+    for folder in (PACKAGE, *(PACKAGE.parent / name for name in ("app", "eval", "examples"))):
+        for path in folder.rglob("*.py"):
+            calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+            found = [f"{path.name}:{node.lineno}" for node in calls if _by_the_locale(node)]
+            assert not found, f"text without an encoding: {found}"
+
+
 def test_every_public_name_is_there() -> None:
     for name in s2ft_diffusion.__all__:
         assert getattr(s2ft_diffusion, name) is not None

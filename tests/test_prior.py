@@ -1,19 +1,16 @@
-"""The estimates of a weight change: what they are, what they leave alone, and what they cost."""
+"""The estimates of a weight change: what they are, and what they cost."""
 
 from __future__ import annotations
 
 import copy
 import os
-import signal
 import subprocess
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from peft import get_peft_model, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -22,30 +19,8 @@ from s2ft_diffusion import S2FTConfig, estimate_prior, initialize_s2ft_weights
 from s2ft_diffusion.tuner import estimate as estimates
 from s2ft_diffusion.tuner.prior import place_from_prior, s2ft_layers
 from tests.conftest import ROOT, TwoLayers
+from tests.prior_cases import STEP, adapted, batches, full, loss_of
 from tests.training_process import TORCHRUN
-
-STEP = 0.05
-
-
-def adapted(model: nn.Module, targets=("first", "second")) -> nn.Module:
-    return get_peft_model(model, S2FTConfig(target_modules=list(targets), n_frequency=20))
-
-
-def batches(count: int = 6, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return list(torch.randn(count, 4, 12, generator=torch.Generator().manual_seed(3)).to(dtype))
-
-
-def loss_of(model: nn.Module):
-    return lambda batch: model(batch).float().square().mean()
-
-
-def full(model: nn.Module, data, **options) -> dict[str, torch.Tensor]:
-    found = estimate_prior(model, loss_of(model), data, estimate="full", **options)
-    return {name.removeprefix("base_model.model."): matrix for name, matrix in found.items()}
-
-
-def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
 
 class TestFull:
@@ -159,108 +134,6 @@ class _Scaled(torch.autograd.Function):
         return torch.ones_like(ctx.save) * ctx.factor, None
 
 
-class TestRestored:
-    """Weights, flags, gradients and hooks are as before."""
-
-    def watch(self, model: nn.Module):
-        weights = [p for name, p in model.named_parameters() if "s2ft" not in name]
-        before = [w.detach().clone() for w in weights]
-        flags = [p.requires_grad for p in model.parameters()]
-
-        def same() -> bool:
-            return (
-                all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
-                and flags == [p.requires_grad for p in model.parameters()]
-                and all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
-            )
-
-        return same
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, None])
-    def test_after_all_that_can_happen(self, two_layers, dtype, error) -> None:
-        model = adapted(two_layers.to(dtype))
-        same, seen = self.watch(model), []
-
-        def loss(batch: torch.Tensor) -> torch.Tensor:
-            seen.append(same())
-            if len(seen) == 4 and error:
-                raise error
-            return loss_of(model)(batch)
-
-        if error:
-            with pytest.raises(error):
-                estimate_prior(model, loss, batches(dtype=dtype), estimate="full")
-        else:
-            estimate_prior(model, loss, batches(dtype=dtype), estimate="full")
-        assert not seen[-1]  # it had been training them
-        assert same()
-
-    @pytest.fixture(autouse=True)
-    def interruptible(self) -> Iterator[None]:
-        """A shell starts what runs in the background with Ctrl-C ignored."""
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        yield
-        signal.signal(signal.SIGINT, before)
-
-    def test_after_an_interrupt_within_a_backward_pass(self, two_layers, monkeypatch) -> None:
-        model = adapted(two_layers)
-        same, updates = self.watch(model), []
-        update = estimates._TrainedWeight.update
-
-        def interrupted(self, gradient, factor) -> None:
-            update(self, gradient, factor)
-            updates.append(same())
-            if len(updates) == 3:
-                signal.raise_signal(signal.SIGINT)  # to this thread, at once
-                for _ in range(1000):  # where Python looks for it
-                    pass
-
-        monkeypatch.setattr(estimates._TrainedWeight, "update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            estimate_prior(model, loss_of(model), batches(), estimate="full")
-        assert not any(updates)
-        assert same()
-
-    def test_an_interrupt_while_restoring_waits(self, two_layers, monkeypatch) -> None:
-        model = adapted(two_layers)
-        same, handler = self.watch(model), signal.getsignal(signal.SIGINT)
-        restore = estimates._TrainedWeight.restore
-
-        def interrupted(self) -> None:
-            signal.raise_signal(signal.SIGINT)  # to this thread, at once
-            restore(self)
-
-        monkeypatch.setattr(estimates._TrainedWeight, "restore", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            estimate_prior(model, loss_of(model), batches(), estimate="full")
-        assert same()
-        assert signal.getsignal(signal.SIGINT) is handler
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_scaled_sums_gradients_of_one_size(self, two_layers, dtype) -> None:
-        model = adapted(two_layers.to(dtype))
-        data = [batch.to(dtype) for batch in batches()]
-        found = estimate_prior(model, loss_of(model), data, estimate="scaled")
-        weight = model.base_model.model.first.base_layer.weight.requires_grad_()
-        expected = torch.zeros(weight.shape)
-        for batch in data:
-            (gradient,) = torch.autograd.grad(loss_of(model)(batch), weight)
-            expected -= gradient.float() / gradient.float().square().mean().sqrt()
-        exact = dtype == torch.float32
-        torch.testing.assert_close(
-            found["base_model.model.first"], expected, rtol=1e-4 if exact else 3e-2, atol=1e-5 if exact else 3e-2
-        )
-
-    @pytest.mark.parametrize("estimate", ["gradient", "normalized", "scaled", "full"])
-    def test_gradients_that_were_there_stay(self, two_layers, estimate) -> None:
-        model = adapted(two_layers)
-        model.base_model.model.first.base_layer.weight.grad = torch.full((16, 12), 7.0)
-        found = estimate_prior(model, loss_of(model), batches(), estimate=estimate)
-        assert bool((model.base_model.model.first.base_layer.weight.grad == 7).all())
-        assert cosine(found["base_model.model.first"], torch.ones(16, 12)) > -0.9  # and were not added
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operators have made and that are alive."""
 
@@ -315,99 +188,6 @@ def test_rounding_is_right_on_average_and_to_a_neighbour() -> None:
             assert abs(float(found.double().mean()) - value) <= 0.02 * spacing + 1e-3 * abs(value) * 2**-8
     exact = torch.randn(100)
     assert estimates._rounded(exact, torch.float32, generator) is exact
-
-
-class TestWithoutGradients:
-    """Weights that autograd makes no gradient for: estimated from inputs and gradients of outputs."""
-
-    def quantised(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """A model of weights in 8 bits, and one of the same weights in float32."""
-        plain = copy.deepcopy(model)
-        for name, module in plain.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                kind = type(module)
-                scale = module.weight.detach().abs().max() / 127
-                packed = (module.weight.detach() / scale).round().to(torch.int8)
-                module.weight.data = packed.float() * scale
-                other = model.get_submodule(name)
-                other.weight = nn.Parameter(packed, requires_grad=False)
-                other.scale = scale
-                other.__class__ = type(f"Packed{kind.__name__}", (kind,), {"forward": _unpacked_forward})
-        return model, plain
-
-    @pytest.mark.parametrize("estimate", ["gradient", "normalized", "scaled"])
-    @pytest.mark.parametrize("checkpointed", [False, True])
-    def test_linear(self, two_layers, estimate, checkpointed) -> None:
-        packed, plain = self.quantised(two_layers)
-        expected = estimate_prior(model := adapted(plain), loss_of(model), batches(), estimate=estimate)
-        model = adapted(packed)
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-        def loss(batch: torch.Tensor) -> torch.Tensor:
-            output = checkpoint(model, batch, use_reentrant=False) if checkpointed else model(batch)
-            return output.square().mean()
-
-        found = estimate_prior(model, loss, batches(), estimate=estimate)
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6)
-        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-        assert not any(module._forward_hooks for module in model.modules())
-
-    @pytest.mark.parametrize(
-        ("conv", "size"),
-        [
-            (nn.Conv1d(4, 6, 3, stride=2, padding=1), (9,)),
-            (nn.Conv2d(4, 6, (3, 2), padding="same", groups=2), (5, 6)),
-            (nn.Conv2d(4, 6, 3, padding=(1, 2), dilation=2, padding_mode="circular"), (7, 6)),
-            (nn.Conv3d(4, 6, 2), (3, 4, 3)),
-        ],
-    )
-    def test_convolution(self, conv, size) -> None:
-        packed, plain = self.quantised(nn.Sequential(conv))
-        data = [torch.randn(2, 4, *size) for _ in range(3)]
-        expected = estimate_prior(model := adapted(plain, ["0"]), loss_of(model), data)
-        found = estimate_prior(model := adapted(packed, ["0"]), loss_of(model), data)
-        torch.testing.assert_close(found["base_model.model.0"], expected["base_model.model.0"], rtol=1e-4, atol=1e-5)
-
-    def test_full_says_that_it_is_scaled(self, two_layers) -> None:
-        packed, _ = self.quantised(two_layers)
-        model = adapted(packed)
-        with pytest.warns(UserWarning, match=r'first has one that cannot be trained .*"scaled" instead'):
-            found = estimate_prior(model, loss_of(model), batches(), estimate="full")
-        expected = estimate_prior(model, loss_of(model), batches(), estimate="scaled")
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-    def test_weights_stored_in_eight_bits(self, two_layers) -> None:
-        from diffusers.hooks import apply_layerwise_casting
-
-        model = adapted(two_layers)
-        plain = estimate_prior(model, loss_of(model), batches())
-        for layer in s2ft_layers(model).values():
-            apply_layerwise_casting(
-                layer.get_base_layer(), storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
-            )
-        found = estimate_prior(model, loss_of(model), batches())
-        for name in plain:
-            assert cosine(found[name], plain[name]) > 0.98
-
-    def test_bitsandbytes(self, two_layers) -> None:
-        bitsandbytes = pytest.importorskip("bitsandbytes")
-        plain = copy.deepcopy(two_layers)
-        for name in ("first", "second"):
-            layer = plain.get_submodule(name)
-            packed = bitsandbytes.nn.Linear4bit(
-                layer.in_features, layer.out_features, compute_dtype=torch.float32, quant_type="nf4"
-            )
-            packed.load_state_dict(layer.state_dict())
-            setattr(two_layers, name, packed.to("cpu"))
-        expected = estimate_prior(model := adapted(plain), loss_of(model), batches())
-        found = estimate_prior(model := adapted(two_layers), loss_of(model), batches())
-        assert all(cosine(found[name], expected[name]) > 0.9 for name in expected)
-
-
-def _unpacked_forward(self, x: torch.Tensor) -> torch.Tensor:
-    weight = self.weight.float() * self.scale
-    return F.linear(x, weight, self.bias) if isinstance(self, nn.Linear) else self._conv_forward(x, weight, self.bias)
 
 
 @pytest.mark.parametrize("estimate", ["gradient", "full"])

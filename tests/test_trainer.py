@@ -73,6 +73,18 @@ def test_end_to_end(photos, tmp_path, toybox_pipe) -> None:
     assert not torch.equal(generate(scope["pipe"]), base)
 
 
+@pytest.mark.slow
+def test_a_name_under_an_ascii_locale(photos, tmp_path, monkeypatch) -> None:
+    for name, value in (("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")):
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "Kätzchen"
+    output.mkdir()
+    done = run(photos, output, "--max_train_steps", "1", "--subject", "Kätzchen", "--instance_prompt", "sks Kätzchen")
+    assert done.returncode == 0, done.stderr
+    assert read_adapter(output / WEIGHTS_NAME).info.subject == "Kätzchen"
+    assert "sks Kätzchen" in (output / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("prompts", "words"),
     [

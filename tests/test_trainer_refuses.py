@@ -10,7 +10,7 @@ import pytest
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
 from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.prompts import check_prompts, lost_words, read_windows
+from s2ft_diffusion.dreambooth.prompts import check_prompts, loses_subject, lost_words, read_windows
 from tests.training_process import Training, arguments, train_here
 
 pytestmark = pytest.mark.usefixtures("tiny_base")
@@ -78,6 +78,7 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
         (("--n_frequency", "40000"), "unet."),
         (("--tokenizer_max_length", "100"), "more than the 32 tokens that the base's text_encoder reads"),
         (("--instance_prompt", "a photo of " + 40 * "very " + "good sks dog"), "sks dog' at its end would not be read"),
+        (("--instance_prompt", 28 * "very " + "sks mitten"), "would not be read"),  # not even "sks" whole
         (("--validation_prompt", 40 * "very " + "sks"), "--validation_prompt is too long"),
         (("--resolution", "61"), "multiple of 4"),
         (("--pretrained_model_name_or_path", "/no/such/folder"), "toybox"),
@@ -149,3 +150,10 @@ def test_words_that_are_lost_are_said(photos, tmp_path, tiny_base, caplog) -> No
     assert lost_words("sks dog " + 40 * "very " + "happy", windows).endswith("happy")
     check_prompts(settings)
     assert "--validation_prompt is too long" in caplog.text
+    assert not loses_subject("sks dog " + 40 * "very " + "dog", {"sks", "dog"}, windows)
+    assert loses_subject("dog " + 40 * "very " + "sks", {"sks", "dog"}, windows)
+    long = ["--with_prior_preservation", "--class_data_dir", str(tmp_path / "c"), "--class_prompt", "a " * 40 + "dog"]
+    with pytest.raises(InputError, match="--class_prompt is too long"):
+        check_prompts(parse_arguments([*arguments(photos, tmp_path), "--instance_prompt", "a photo of sks dog", *long]))
+    with pytest.raises(InputError, match=r"The caption 'x x .* is too long"):
+        check_prompts(settings, ["x " * 40 + "sks"])

@@ -49,17 +49,14 @@ def train_here(photos: Path, output: Path, *more: str) -> Path:
 
 
 class Training:
-    """The recipe by its command line; `said` is what it writes, to both streams."""
+    """The recipe by its command line; `said` is what it writes, to both streams.
 
-    def __init__(self, argv: Sequence[str], log: Path) -> None:
+    `before` is called in the process first.
+    """
+
+    def __init__(self, argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> None:
         self.log = log
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before)))  # the server's, if it starts now
-        try:
-            self.process: BaseProcess = _SERVER.Process(target=_train, args=(list(argv), str(log)))
-            self.process.start()
-        finally:
-            os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+        self.process = _forked(list(argv), str(log), before)
 
     @property
     def said(self) -> str:
@@ -85,14 +82,31 @@ class Training:
         return self.wait()
 
 
-def train(argv: Sequence[str], log: Path) -> Training:
+def train(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> Training:
     """A training that has ended well."""
-    training = Training(argv, log)
+    training = Training(argv, log, before)
     assert training.wait() == 0, training.said[-3000:]
     return training
 
 
-def _train(argv: list[str], log: str) -> None:
+def _forked(*args: object) -> BaseProcess:
+    """A started process. Where the server has died (it could not fork, or something killed it), of another server."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before)))  # the server's, if it starts now
+    try:
+        for last in (False, False, True):
+            process = _SERVER.Process(target=_train, args=args)
+            try:
+                process.start()
+                return process
+            except (EOFError, ConnectionError) as error:
+                if last:
+                    raise RuntimeError("the fork server died three times: its stderr says why") from error
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def _train(argv: list[str], log: str, before: Callable[[], None] | None) -> None:
     to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(to, stream)
@@ -104,5 +118,7 @@ def _train(argv: list[str], log: str) -> None:
     import train_dreambooth_s2ft as recipe
 
     torch.set_num_threads(1)
+    if before:
+        before()
     with recipe.exit_codes("train_dreambooth_s2ft.py"):
         recipe.main(argv)

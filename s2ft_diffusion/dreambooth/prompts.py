@@ -35,17 +35,28 @@ def check_prompts(settings: Settings, captions: Sequence[str] = ()) -> None:
 
 
 def check_read(what: str, prompt: str, subject: Collection[str], windows: list[tuple[Any, int]]) -> None:
-    """Raise InputError where a prompt's end that no text encoder reads has words of the subject; warn of other words.
+    """Raise InputError where words of the subject are only in a prompt's end, which no text encoder reads.
 
-    `what` is what a message calls the prompt.
+    Warns of other words that are lost. `what` is what a message calls the prompt.
     """
     lost = lost_words(prompt, windows)
     if not lost:
         return
     said = f"{what} is too long for the base: {lost!r} at its end would not be read."
-    if not words(lost).isdisjoint(subject):
+    if loses_subject(prompt, subject, windows):
         raise InputError(f"{said} Shorten it, or put the subject first.")
     logger.warning("%s", said)
+
+
+def loses_subject(prompt: str, subject: Collection[str], windows: list[tuple[Any, int]]) -> bool:
+    """Whether a prompt has words of the subject that no text encoder reads, not even earlier in it."""
+    if not lost_words(prompt, windows):
+        return False
+    read: set[str] = set()
+    for tokenizer, window in windows:
+        tokens = tokenizer(prompt, verbose=False).input_ids
+        read |= words(tokenizer.decode(tokens[: window - 1], skip_special_tokens=True))
+    return not words(prompt).intersection(subject) <= read
 
 
 def words(prompt: str) -> set[str]:

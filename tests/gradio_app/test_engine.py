@@ -175,6 +175,13 @@ def test_damaged_settings_are_refused(text) -> None:
         Settings.from_json(text)
 
 
+def test_a_subject_that_would_not_be_read_is_refused(engine, library, ids) -> None:
+    with pytest.raises(RequestError, match="sks cat”, where the subject is: put the subject first"):
+        engine.generate(settings((ids["cat"], 1.0), prompt="a photo of a " + 40 * "very " + "good sks cat"), library)
+    long = "sks cat " + 40 * "very " + "good cat"  # words beside the subject's, and the subject's once more
+    assert engine.generate(settings((ids["cat"], 1.0), prompt=long, steps=1), library)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"offload": True}, {"quantize": "nf4"}], ids=["offloaded", "nf4"])
 def test_a_base_that_is_packed_or_offloaded(adapters, engine, tmp_path, options) -> None:

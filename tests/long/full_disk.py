@@ -24,7 +24,7 @@ from pathlib import Path
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints, read_state
-from tests.long.killing import arguments, facts, prepare
+from tests.long.killing import arguments, facts, few_steps, prepare
 from tests.training_process import Training, train
 
 
@@ -64,14 +64,15 @@ def main() -> None:
         folder = Path(temporary)
         prepare(folder)
         begun = time.monotonic()
-        train(arguments(folder, folder / "whole"), folder / "log")
+        train(arguments(folder, folder / "whole"), folder / "log", few_steps)
         whole, wanted = time.monotonic() - begun, facts(folder / "whole")
         disk = folder / "disk"
         disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", disk], check=True)
         output = disk / "run"
         while moments.total() < args.moments:
-            training, before, begun = Training(arguments(folder, output), folder / "log"), set(), time.monotonic()
+            training = Training(arguments(folder, output), folder / "log", few_steps)
+            before, begun = set(), time.monotonic()
             moment = draw.uniform(0.3, 1) * whole
             training.wait_until(lambda begun=begun, moment=moment: time.monotonic() - begun > moment)
             whole = min(whole, time.monotonic() - begun) if not training.running() else whole

@@ -17,13 +17,16 @@ import shutil
 import signal
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints, read_state
+from s2ft_diffusion.families import Family
 from s2ft_diffusion.toybox.subjects import write_photos
 from tests.conftest import pipeline_of, tiny_modules
 from tests.training_process import Training, train
@@ -39,15 +42,27 @@ def arguments(folder: Path, output: Path) -> list[str]:
         "--targets", "qv", "--n_frequency", "200", "--estimate_draws", "1", "--lr_scheduler", "cosine",
         "--report_to", "none",
         "--with_prior_preservation", "--class_data_dir", str(output / "classes"), "--class_prompt", "a photo of a cat",
-        "--num_class_images", "4", "--sample_batch_size", "2",
+        "--num_class_images", "2", "--sample_batch_size", "1",
         "--validation_prompt", "a photo of sks cat", "--num_validation_images", "1", "--validation_epochs", "1",
     ]  # fmt: skip
 
 
 def prepare(folder: Path) -> None:
     """The base and the photos that all runs are given."""
-    pipeline_of(tiny_modules()).save_pretrained(folder / "base")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16,), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+            attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        )  # fmt: skip
+    pipeline_of({**tiny_modules(), "unet": unet}).save_pretrained(folder / "base")
     write_photos("mittens", folder / "photos")
+
+
+def few_steps() -> None:
+    """Class and sample images in a few steps: this is about when they are made."""
+    usual = Family.sampling.__func__
+    Family.sampling = classmethod(lambda family: replace(usual(family), steps=3))
 
 
 def facts(output: Path) -> dict[str, object]:
@@ -77,7 +92,7 @@ def main() -> None:
         folder = Path(temporary)
         prepare(folder)
         begun = time.monotonic()
-        train(arguments(folder, folder / "whole"), folder / "log")
+        train(arguments(folder, folder / "whole"), folder / "log", few_steps)
         whole, wanted = time.monotonic() - begun, facts(folder / "whole")
         print(f"a run: {whole:.1f} s; {len(wanted)} facts are compared", flush=True)
         killed = runs = writing = 0
@@ -85,7 +100,7 @@ def main() -> None:
             output = folder / "killed"
             out = output / "out"
             while True:
-                training = Training(arguments(folder, output), folder / "log")
+                training = Training(arguments(folder, output), folder / "log", few_steps)
                 if draw.random() < 0.5:
                     time.sleep(draw.uniform(0, whole))
                 else:

@@ -90,7 +90,8 @@ def pretrain_further(work_dir: Path, start: Path, output_dir: Path, plan: Plan, 
         unet = train_unet(work_dir, pipeline.text_encoder, latents, plan, device, pipeline.unet)
         save_unet_base(output_dir, vae, pipeline.text_encoder, tokenizer, unet)
         stage = "unet"
-    _describe(output_dir, work_dir, [stage], plan, device, json.loads((start / "training.json").read_text()))
+    earlier = json.loads((start / "training.json").read_text(encoding="utf-8"))
+    _describe(output_dir, work_dir, [stage], plan, device, earlier)
 
 
 def _empty(tokenizer: CLIPTokenizer, device: torch.device) -> torch.Tensor:
@@ -108,7 +109,7 @@ def _describe(
     """Write training.json: what each stage took (the last record of its log), on what, and what it went on from."""
     took = {}
     for name in stages:
-        record = json.loads((work_dir / f"{name}.jsonl").read_text().splitlines()[-1])
+        record = json.loads((work_dir / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
         batch = plan.batch_of(name)
         took[name] = {
             "steps": record["step"],
@@ -127,4 +128,4 @@ def _describe(
         "torch": torch.__version__,
         **({"start": start} if start else {}),
     }
-    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -72,8 +72,8 @@ def _save(pipeline: DiffusionPipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
     # transformers loads in the type that the config names; half precision is for storage alone.
     for path in folder.glob("text_encoder*/config.json"):
-        config = json.loads(path.read_text())
-        path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if config["model_type"] == "clip_text_model":
             _name_as_on_the_hub(path.with_name("model.safetensors"))
     for path in folder.glob("tokenizer*"):

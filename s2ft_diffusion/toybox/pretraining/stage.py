@@ -49,7 +49,7 @@ class Stage:
     def _log(self, step: int, loss: float, seconds: float) -> None:
         record = {"step": step, "loss": loss, "seconds": round(seconds, 1)}
         print(self.name, json.dumps(record), flush=True)
-        with self.log_path.open("a") as log:
+        with self.log_path.open("a", encoding="utf-8") as log:
             log.write(json.dumps(record) + "\n")
 
     def _save(self, step: int) -> None:
