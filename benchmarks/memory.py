@@ -22,6 +22,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -88,6 +89,7 @@ BASES = {
     "sdxl": Base(SHAPES["sdxl"].build, "StableDiffusionXLPipeline", CHECKPOINTED),
     "pixart-sigma": Base(_pixart_sigma, "PixArtSigmaPipeline", CHECKPOINTED),
     "sana": Base(SanaTransformer2DModel, "SanaPipeline", CHECKPOINTED, 32, 6),
+    "lumina2": Base(lambda: Lumina2Transformer2DModel(cap_feat_dim=2304), "Lumina2Pipeline", CHECKPOINTED, 16),
     "sd35-medium": Base(_sd35_medium, "StableDiffusion3Pipeline", CHECKPOINTED, 16),
     "klein": Base(SHAPES["klein"].build, "Flux2KleinPipeline", NF4, 32),
     "z-image": Base(ZImageTransformer2DModel, "ZImagePipeline", NF4, 16),
