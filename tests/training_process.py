@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -51,12 +52,12 @@ def train_here(photos: Path, output: Path, *more: str) -> Path:
 class Training:
     """The recipe by its command line; `said` is what it writes, to both streams."""
 
-    def __init__(self, argv: Sequence[str], log: Path) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, **environment: str) -> None:
         self.log = log
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), before)))  # the server's, if it starts now
         try:
-            self.process: BaseProcess = _SERVER.Process(target=_train, args=(list(argv), str(log)))
+            self.process: BaseProcess = _SERVER.Process(target=_train, args=(list(argv), str(log), environment))
             self.process.start()
         finally:
             os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
@@ -92,12 +93,24 @@ def train(argv: Sequence[str], log: Path) -> Training:
     return training
 
 
-def _train(argv: list[str], log: str) -> None:
+def train_two(argv: Sequence[str], log: Path) -> None:
+    """The recipe in two processes that talk to each other, as `accelerate launch` starts them."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    both = [
+        Training(argv, log.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)
+    ]
+    assert [each.wait() for each in both] == [0, 0], both[0].said[-3000:] + both[1].said[-3000:]
+
+
+def _train(argv: list[str], log: str, environment: dict[str, str]) -> None:
     to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(to, stream)
     sys.stdout.reconfigure(line_buffering=True)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | environment)
     os.chdir(ROOT)
     import torch
 
