@@ -105,6 +105,7 @@ def _forked(*args: object) -> BaseProcess:
             except (EOFError, ConnectionError) as error:
                 if last:
                     raise RuntimeError("the fork server died three times: its stderr says why") from error
+                time.sleep(2)  # who dies is heard no more before being known as dead
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
