@@ -11,6 +11,7 @@ import copy
 import gc
 import json
 import queue
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import diffusers
+import psutil
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -194,6 +196,13 @@ class Engine:
         return first
 
     @property
+    def peak_bytes(self) -> int:
+        """The most memory that was in use at once so far: on a GPU PyTorch's, on a CPU the whole program's."""
+        if self.device != "cpu":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resident_peak()
+
+    @property
     def schedulers(self) -> list[str]:
         """What the base can be sampled with, the usual one first."""
         return [*SCHEDULERS, OWN] if self.family.samplers else [OWN]
@@ -305,6 +314,17 @@ class Engine:
             "s2ft_base": base_name(self.base),
         }
         return image
+
+
+def resident_peak() -> int:
+    """The most memory that this program has had at once, in bytes."""
+    now = psutil.Process().memory_info()
+    if hasattr(now, "peak_wset"):  # Windows
+        return now.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(now.rss, peak if sys.platform == "darwin" else peak * 1024)
 
 
 def _out_of_memory(error: BaseException) -> bool:

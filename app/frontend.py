@@ -19,7 +19,8 @@ footer {display: none !important}
 """
 
 CSS = """
-#masthead {padding: 4px 2px 0}
+#masthead {padding: 4px 2px 0 !important}
+#masthead .html-container {padding: 0}
 #masthead h1 {font-size: 1.5rem; margin: 0}
 #masthead p {margin: 0; color: var(--body-text-color-subdued)}
 .beside {align-self: flex-end; height: 44px}
@@ -75,16 +76,20 @@ CSS = """
   background: var(--input-background-fill); color: var(--body-text-color)}
 #sheet .icon-button-wrapper {top: auto !important; bottom: 6px !important}
 :is(#about, #image-settings) thead {display: none}
-:is(#about, #image-settings) table {border: 0 !important; width: 100%}
+:is(#about, #image-settings) :is(table, tbody, tr) {border: 0 !important}
+:is(#about, #image-settings) table {width: 100%}
 :is(#about, #image-settings) td {border: 0 !important; border-top: 1px solid var(--border-color-primary) !important;
   padding: 5px 4px !important}
 :is(#about, #image-settings) td:first-child {color: var(--body-text-color-subdued); white-space: nowrap; width: 1%}
 :is(#restore, #upload) .icon-wrap {display: none}
 #others {align-self: flex-end}
+:is(#about, #training) h2 {font-size: 1.15rem; margin: 0 0 8px}
+.dark .download-link {color: var(--primary-300) !important}
+/* A button within a button, which no screen reader can name: the cross beside it lets go of the photos. */
+.icon-button:has(.upload-container) {display: none !important}
 #stage.dropping #restore {outline: 3px dashed var(--primary-500)}
 
 @media (max-width: 720px) {
-  #masthead, #masthead .html-container {padding: 0}
   #masthead h1 {font-size: 1.2rem}
   #masthead p, #masthead h1 {display: inline-block; margin-right: 8px}
   .tab-container button {padding: 0 6px !important; font-size: 13px !important}
@@ -253,6 +258,7 @@ function mend() {
     part.removeAttribute('aria-label');
     part.querySelector('img')?.setAttribute('alt', '');
   });
+  each('#sheet button:has(img):not([aria-label])', part => part.setAttribute('aria-label', 'The sheet'));
   each('svg .role-mark:not([aria-hidden])', part => part.setAttribute('aria-hidden', 'true'));
 }
 new MutationObserver(mend).observe(document, {childList: true, subtree: true});

@@ -11,7 +11,7 @@ from gradio.events import Dependency
 
 from . import limits
 from .app import NONE, App
-from .engine import Engine
+from .engine import OWN, Engine
 from .errors import polite
 from .library import base_name
 from .tabs.compare import CompareTab
@@ -43,19 +43,26 @@ def theme() -> gr.themes.Base:
         color_accent="*primary_600",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_hover="#991b1b",
+        button_cancel_background_fill_dark="#b91c1c",
+        button_cancel_background_fill_hover_dark="#991b1b",
         input_placeholder_color="*neutral_500",
         input_placeholder_color_dark="*neutral_400",
     )
 
 
-def weights_words(engine: Engine) -> str:
-    """How much memory the base's weights take, and where."""
-    size = engine.weights_bytes
-    words = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+def size_words(size: int) -> str:
+    """Bytes as people say them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def memory_words(engine: Engine) -> str:
+    """How much memory the base's weights take, and where, and the most that was in use."""
     packed = f" in {engine.quantize}" if engine.quantize else ""
-    if engine.offload:
-        return f"{words} of weights{packed}, offloaded to host memory"
-    return f"{words} of weights{packed} on the {'CPU' if engine.device == 'cpu' else 'GPU'}"
+    place = "CPU" if engine.device == "cpu" else "GPU"
+    place = "offloaded to host memory" if engine.offload else f"on the {place}"
+    return f"{size_words(engine.weights_bytes)} of weights{packed} {place}, peak memory {size_words(engine.peak_bytes)}"
 
 
 class Page:
@@ -76,8 +83,7 @@ class Page:
         if self.app.trainings is None:
             del tabs["train"]
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86_400)) as self.blocks:
-            base = html.escape(base_name(self.app.engine.base))
-            gr.HTML(f"<h1>{TITLE}</h1><p>on <b>{base}</b>, {weights_words(self.app.engine)}</p>", elem_id="masthead")
+            self.masthead = gr.HTML(self.masthead_words(), elem_id="masthead")
             with gr.Tabs() as self.tabs:
                 self.selected: dict[str, gr.Tab] = {}
                 for name, kind in tabs.items():
@@ -90,6 +96,11 @@ class Page:
         return self.blocks
 
     # Parts
+
+    def masthead_words(self) -> str:
+        """The base, and what it takes in memory."""
+        base = html.escape(base_name(self.app.engine.base))
+        return f"<h1>{TITLE}</h1><p>on <b>{base}</b>, {memory_words(self.app.engine)}</p>"
 
     def adapter_tiles(self, label: str, value: Any = NONE, *, none: bool = True, **options: Any) -> gr.HTML:
         """Tiles of the adapters that can be used, which follow the library."""
@@ -106,15 +117,15 @@ class Page:
     def sampling(self) -> tuple[gr.Slider, gr.Slider, gr.Radio]:
         """Steps, guidance, scheduler; of a scheduler without a choice nothing is shown."""
         with gr.Row():
-            steps = gr.Slider(*limits.STEPS, value=self.defaults["steps"], step=1, label="Steps", min_width=120)
+            steps = gr.Slider(*limits.STEPS, value=self.defaults["steps"], step=1, label="Steps", min_width=170)
             guidance = gr.Slider(
-                *limits.GUIDANCE, value=self.defaults["guidance"], step=0.5, label="Guidance", min_width=120
+                *limits.GUIDANCE, value=self.defaults["guidance"], step=0.5, label="Guidance", min_width=170
             )
-        schedulers = self.app.engine.schedulers
+        schedulers = [("the base's own" if name == OWN else name, name) for name in self.app.engine.schedulers]
         return (
             steps,
             guidance,
-            gr.Radio(schedulers, value=schedulers[0], label="Scheduler", visible=len(schedulers) > 1),
+            gr.Radio(schedulers, value=schedulers[0][1], label="Scheduler", visible=len(schedulers) > 1),
         )
 
     # What several tabs take part in
@@ -176,4 +187,5 @@ class Page:
             return *values, shown
 
         loading = self.blocks.load(read, None, [*state, self.tabs], api_visibility="private", show_progress="hidden")
+        self.blocks.load(self.masthead_words, None, self.masthead, **quiet)
         loading.then(None, None, None, js="() => {window.s2ft.ready = true}", **quiet)

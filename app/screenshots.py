@@ -30,15 +30,14 @@ def main() -> None:
             browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
             light = opened(browser, address, viewport={"width": 1180, "height": 815})
             generate(light, images=4)
-            light.evaluate("scrollTo(0, 0)")
             light.screenshot(path=args.folder / "app-generate.png")
             dark = opened(browser, f"{address}?__theme=dark", viewport={"width": 1180, "height": 700})
             dark.get_by_role("tab", name="Library").click()
             dark.locator("#library .tile").first.click()
-            dark.get_by_text("trainable numbers").wait_for()
+            dark.locator("#about").get_by_text("trainable numbers").wait_for()
             dark.wait_for_timeout(500)
             dark.screenshot(path=args.folder / "app-library.png")
-            phone = opened(browser, address, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+            phone = opened(browser, address, viewport={"width": 412, "height": 915}, is_mobile=True, has_touch=True)
             generate(phone, images=1)
             phone.screenshot(path=args.folder / "app-phone.png")
             browser.close()
@@ -69,6 +68,7 @@ def generate(page: Page, images: int) -> None:
     page.wait_for_function("document.querySelector('#status .line').textContent === 'done'")
     page.wait_for_function(f"document.querySelectorAll('#results img').length === {images}")
     page.wait_for_timeout(1500)
+    page.evaluate("scrollTo(0, 0)")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ..engine import Listener, Settings
 from ..errors import polite
 from ..limits import RequestError
 from .generate import step_words
-from .parts import line
+from .parts import line, reveal
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -75,6 +75,7 @@ class CompareTab:
             [self.status, self.go, self.stop],
             **QUIET,
         )
+        gr.on([self.go.click, self.prompt.submit], None, None, None, js=reveal("#compare-status"), **QUIET)
         comparison = start.then(
             polite(self.compare_grid, failed), self.settings, shown, api_name="compare_grid", **options
         )

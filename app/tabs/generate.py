@@ -91,7 +91,7 @@ class GenerateTab:
                         visible=self.app.engine.family.negative_prompt is not None,
                     )  # fmt: skip
                 self.restored = gr.File(
-                    label="A PNG made here: have its settings back (or drop it anywhere on this tab)",
+                    label="A picture made here, to have its settings back",
                     file_types=[".png"], height=110, elem_id="restore",
                 )  # fmt: skip
         self.made = gr.State({"wanted": 0, "images": [], "settings": []})
@@ -123,7 +123,7 @@ class GenerateTab:
         )
         ended = [self.go, self.stop, self.again, self.contrast, self.chosen]
         for end in (generation.then, generation.failure):
-            end(self.ended, self.made, ended, **QUIET)
+            end(self.ended, self.made, ended, **QUIET).then(self.page.masthead_words, None, self.page.masthead, **QUIET)
         self.stop.click(
             self.stopped, [self.status, self.made], [*shown[:3], *ended], cancels=generation, **QUIET
         )  # an event is let go only between what it shows; the engine is told too

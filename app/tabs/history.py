@@ -15,6 +15,7 @@ from ..errors import polite
 from ..history import load_png, settings_of
 from ..limits import RequestError
 from ..words import escaped
+from .parts import reveal
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 PRIVATE = {"api_visibility": "private"}
 QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 NOTHING = "Choose a picture to see what it was made with."
+EMPTY = "Nothing yet: what you generate is kept here."
 
 
 class HistoryTab:
@@ -76,7 +78,9 @@ class HistoryTab:
             return self.page.compare.filled(self.image_settings(image, request))
 
         generate = self.page.generate
-        self.gallery.select(choose, self.ids, self.chosen, **QUIET).then(**showing, **QUIET)
+        self.gallery.select(choose, self.ids, self.chosen, **QUIET).then(**showing, **QUIET).then(
+            None, None, None, js=reveal("#image-settings"), **QUIET
+        )
         self.use.click(polite(fill), self.chosen, [*generate.settings, generate.random, self.page.tabs], **PRIVATE)
         self.contrast.click(polite(contrast), self.chosen, [*self.page.compare.settings, self.page.tabs], **PRIVATE)
         self.favour.click(polite(self.favourite_image), self.chosen, None, **PRIVATE).success(
@@ -157,7 +161,8 @@ class HistoryTab:
     def show(self, image: str, request: gr.Request) -> tuple[Any, ...]:
         """All settings of the chosen picture, and the buttons."""
         if not image:
-            return NOTHING, *(gr.update(interactive=False) for _ in range(4))
+            there = self.app.history.latest(user_of(request), 1)
+            return NOTHING if there else EMPTY, *(gr.update(interactive=False) for _ in range(4))
         path = self.app.history.find(user_of(request), image)
         settings = settings_of(load_png(path))
         facts = {

@@ -17,19 +17,19 @@ from ..exports import TOOLS, export
 from ..library import SORTS, Entry
 from ..limits import RequestError
 from ..words import escaped, shown
-from .parts import line, tile, tiles
+from .parts import line, reveal, tile, tiles
 
 if TYPE_CHECKING:
     from ..page import Page
 
 PRIVATE = {"api_visibility": "private"}
 QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
-NOTHING = "Choose an adapter to see what its header says."
+NOTHING = "Choose an adapter to see what it is."
 
 
 def details(entry: Entry, label: str | None = None) -> str:
     """The header of an adapter as Markdown."""
-    title = f"### {escaped(label or entry.name)}\n\n"
+    title = f"## {escaped(label or entry.name)}\n\n"
     if entry.reason:
         return f"{title}Cannot be used: {escaped(entry.reason)}"
     facts = {
@@ -56,11 +56,13 @@ class LibraryTab:
             self.words = gr.Textbox(
                 "", label="Search", placeholder="dog, toybox, …", scale=3, min_width=160, elem_id="search"
             )
-            self.sort = gr.Radio(list(SORTS), value=SORTS[0], label="Sort", scale=4, min_width=260, elem_id="sort")
+            self.sort = gr.Radio(list(SORTS), value=SORTS[0], label="Sort", scale=6, min_width=260, elem_id="sort")
             self.look = gr.Button("Refresh", min_width=90, scale=0, elem_id="refresh", elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
-                self.others = gr.Checkbox(False, label="Other bases' too", container=False, elem_id="others")
+                self.others = gr.Checkbox(
+                    False, label="Also adapters for other bases", container=False, elem_id="others"
+                )
                 self.tiles = tiles("Adapters", self.tiles_for("", SORTS[0]), look="wall", elem_id="library")
             with gr.Column(scale=3, min_width=260):
                 with gr.Row():
@@ -79,9 +81,11 @@ class LibraryTab:
                     self.tool = gr.Radio(list(TOOLS), value=next(iter(TOOLS)), label="As a LoRA for", elem_id="tool")
                     self.second = self.page.adapter_tiles("Merge with", elem_id="merged")
                     with gr.Row():
-                        self.strength = gr.Slider(*limits.STRENGTH, value=1.0, step=0.05, label="Strength kept")
+                        self.strength = gr.Slider(
+                            *limits.STRENGTH, value=1.0, step=0.05, label="Its strength", min_width=170
+                        )
                         self.second_strength = gr.Slider(
-                            *limits.STRENGTH, value=1.0, step=0.05, label="Strength of the other"
+                            *limits.STRENGTH, value=1.0, step=0.05, label="The other's strength", min_width=170
                         )
                     self.export = gr.Button("Export", interactive=False, elem_id="export")
                     self.exported = line(elem_id="exported")
@@ -109,7 +113,7 @@ class LibraryTab:
                 **QUIET,
             )
         self.tiles.change(polite(self.show), self.tiles, chosen, **QUIET)
-        self.tiles.input(None, None, None, js="() => window.s2ft.reveal('#about')", **QUIET)
+        self.tiles.input(None, None, None, js=reveal("#about"), **QUIET)
         self.page.use_on(self.use, self.tiles)
         self.rename.click(polite(self.rename_adapter), [self.tiles, self.name], None, **PRIVATE).success(
             *looking, **PRIVATE

@@ -107,6 +107,11 @@ def menu(label: str, **options: Any) -> gr.HTML:
     )
 
 
+def reveal(selector: str) -> str:
+    """JavaScript of an event: on a narrow page, bring a part into view."""
+    return f"() => window.s2ft.reveal({json.dumps(selector)})"
+
+
 def line(value: str = "", *, small: bool = False, **options: Any) -> gr.HTML:
     """One line of text that screen readers are told of when it changes; it begins with "!" where it warns."""
     look = "small" if small else ""

@@ -23,7 +23,7 @@ from ..library import plain
 from ..limits import RequestError
 from ..training import UNFINISHED, TrainingQueue
 from ..words import escaped
-from .parts import photos, small
+from .parts import photos, reveal, small
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -50,7 +50,7 @@ def training_words(status: Mapping[str, Any], left: float | None = None) -> str:
     """How a training stands, from `TrainTab.training_status`, as Markdown; `left`: seconds."""
     if status["state"] == "none":
         return "No training yet."
-    lines = [f"### {escaped(status['subject'])}: {STATES[status['state']]}"]
+    lines = [f"## {escaped(status['subject'])}: {STATES[status['state']]}"]
     if status["state"] == "waiting" and status["before"]:
         lines.append(f"{status['before']} before it.")
     if status["state"] == "failed":
@@ -125,7 +125,7 @@ class TrainTab:
             self.status,
             api_name="train",
             concurrency_limit=1,  # the photos of one request at a time are in memory
-        ).success(show, self.latest, shown, **quiet)
+        ).success(show, self.latest, shown, **quiet).then(None, None, None, js=reveal("#training"), **quiet)
         self.stop.click(
             polite(self.cancel_training), self.latest, self.status, api_visibility="private", queue=False
         ).success(show, self.latest, shown, **quiet)

@@ -126,10 +126,10 @@ def pixels(picture: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
 
 
-def in_view(page: playwright.Page, selector: str) -> bool:
-    """Whether some of an element is on the screen, without scrolling."""
-    return page.evaluate(
+def wait_until_in_view(page: playwright.Page, selector: str) -> None:
+    """Until some of an element is on the screen, which the page may still be scrolling to."""
+    page.wait_for_function(
         "selector => {const box = document.querySelector(selector).getBoundingClientRect();"
         "return box.height > 0 && box.top < innerHeight - 10 && box.bottom > 10}",
-        selector,
+        arg=selector,
     )

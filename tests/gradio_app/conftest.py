@@ -138,9 +138,16 @@ def pages(browser, served) -> Iterator[Callable[..., object]]:
         return page
 
     yield new
+    wide = [
+        page.url
+        for context in opened
+        for page in context.pages
+        if page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    ]
     for context in opened:
         context.close()
     assert errors == []
+    assert wide == [], "they scroll sideways"
 
 
 @pytest.fixture(params=["laptop", "phone"])

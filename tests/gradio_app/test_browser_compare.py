@@ -19,6 +19,7 @@ from tests.gradio_app.browser import (
     wait_for_image,
     wait_for_status,
     wait_for_value,
+    wait_until_in_view,
 )
 
 pytestmark = [pytest.mark.slow, needs_browser]
@@ -37,6 +38,8 @@ def test_several_adapters_and_prompts_as_one_sheet(page) -> None:
     page.locator("#compare").click()
     wait_for_status(page, "done", "#compare-status")
     wait_for_image(page, "#sheet")
+    wait_until_in_view(page, "#sheet")  # on a phone, too, where it is below what was asked for
+    wait_until_in_view(page, "#compare-status")
     width, height = page.evaluate("(i => [i.naturalWidth, i.naturalHeight])(document.querySelector('#sheet img'))")
     assert (width // 256, height // 256) == (4, 2)
     # no label lies over the first column's title
@@ -91,6 +94,7 @@ def test_history(page) -> None:
     assert page.locator("#use-settings:disabled").count() == 1
     page.locator("#history img").first.click()
     page.locator("#image-settings").get_by_text("remember sks dog").wait_for()
+    wait_until_in_view(page, "#image-settings")
     page.locator("#favourite").click()
     page.locator("#favourite", has_text="No favourite").wait_for()
     page.locator("#favourites input").check()

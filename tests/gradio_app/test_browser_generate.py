@@ -12,7 +12,6 @@ from tests.gradio_app.browser import (
     choose,
     chosen,
     generated,
-    in_view,
     needs_browser,
     open_page,
     pixels,
@@ -27,6 +26,7 @@ from tests.gradio_app.browser import (
     wait_for_image,
     wait_for_status,
     wait_for_value,
+    wait_until_in_view,
 )
 
 pytestmark = [pytest.mark.slow, needs_browser]
@@ -125,8 +125,8 @@ def test_cancelling_keeps_what_is_finished(page) -> None:
     assert 2 <= made < 8
 
 
-def test_cancelling_while_waiting(pages) -> None:
-    first, second, waiting = pages(), pages(), pages()  # two generate at once
+def test_cancelling_while_waiting(pages, size) -> None:
+    first, second, waiting = pages(), pages(), pages(**size)  # two generate at once
     for page in (first, second):
         set_steps(page, 100)
         set_number(page, "Images", 8)
@@ -218,8 +218,8 @@ def test_back_reload_and_links(page, pages) -> None:
         assert not again.locator("#random input").is_checked()
 
 
-def test_a_link_that_says_nonsense(pages) -> None:
-    page = pages("?tab=attic&adapter=../../x&seed=-7&steps=1e9&prompt=hello&scheduler=__class__")
+def test_a_link_that_says_nonsense(pages, size) -> None:
+    page = pages("?tab=attic&adapter=../../x&seed=-7&steps=1e9&prompt=hello&scheduler=__class__", **size)
     wait_for_value(page, "#prompt textarea", "hello")
     wait_for_value(page, "#seed input", "0")
 
@@ -251,15 +251,15 @@ def test_the_result_comes_first_and_the_page_does_not_jump(page) -> None:
 
 def test_a_phone(phone) -> None:
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
-    assert in_view(phone, "#generate")
+    wait_until_in_view(phone, "#generate")
     button(phone, "Generate").click()
     phone.wait_for_function("document.querySelector('#status .line').textContent === 'done'")
     wait_for_image(phone)
-    assert in_view(phone, "#canvas")
-    assert in_view(phone, "#status")
+    wait_until_in_view(phone, "#canvas")
+    wait_until_in_view(phone, "#status")
     tab(phone, "Library")
     tile(phone, "dog", "#library").click()
     phone.get_by_text("trainable numbers").wait_for()
-    assert in_view(phone, "#about")
-    assert in_view(phone, "#use")
+    wait_until_in_view(phone, "#about")
+    wait_until_in_view(phone, "#use")
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
