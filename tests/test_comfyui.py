@@ -17,6 +17,7 @@ import torch
 
 from s2ft_diffusion import AdapterInfo, attention_targets, convert
 from s2ft_diffusion.adapters.file import write_adapter
+from s2ft_diffusion.adapters.tool_names import key
 from tests.conftest import ROOT
 from tests.random_adapters import dense, random_adapter, tiny_denoisers
 
@@ -156,6 +157,15 @@ print(sorted(comfyui.NODE_CLASS_MAPPINGS))
 def test_the_node_imports_without_diffusers_and_peft() -> None:
     done = subprocess.run([sys.executable, "-c", NODE_WITHOUT], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "['LoadS2FT', 'S2FTInfo']\n", done.stderr[-3000:]
+
+
+def test_transformers_that_comfyui_does_not_read() -> None:
+    for name in ("layers.0.attn.to_q", "noise_refiner.1.feed_forward.linear_2"):
+        with pytest.raises(ValueError, match="no names for Lumina 2's layers; use lora"):
+            key("comfyui", "transformer", name)
+    with pytest.raises(ValueError, match="no names for Sana's layers"):
+        key("comfyui", "transformer", "transformer_blocks.3.ff.conv_point")
+    assert key("comfyui", "transformer", "layers.0.attention.to_q") == "transformer.layers.0.attention.to_q"  # Z-Image
 
 
 @pytest.mark.skipif(not CHECKOUT, reason="S2FT_COMFYUI names no checkout of ComfyUI")

@@ -11,7 +11,6 @@ A source is an S2FT file, a folder with one, or what PEFT's `save_pretrained` wr
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,21 +18,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from . import lora_files, tool_names
-from .base_files import base_folder, merge_into, pipeline_class, stored_name, weight_shapes
+from .base_files import base_folder, merge_into, stored_name, weight_shapes
 from .file import WrittenAdapter, write_adapter
+from .inspection import describe, misfits, verify
 from .lora import Errors, Lora, Progress, add_loras, difference, silent, to_lora
 from .lora_files import Shapes, write_lora
-from .reading import METADATA_KEY, Adapter, AdapterFileError
-from .weights import GridWeights
+from .reading import Adapter, AdapterFileError
+from .sources import Source, is_s2ft, layer_shapes, read
+
+__all__ = ["FORMATS", "Converted", "add", "convert", "describe", "export", "extract", "find_kernels", "merge",
+           "misfits", "read", "read_as_lora", "verify"]  # fmt: skip
 
 Format = Literal["lora", "peft", "kohya", "comfyui", "s2ft"]
 FORMATS: tuple[Format, ...] = ("lora", "peft", "kohya", "comfyui", "s2ft")
 LORA_DTYPES = ("float32", "float16", "bfloat16")
-
-Source = str | os.PathLike
 
 
 @dataclass(frozen=True)
@@ -44,48 +44,6 @@ class Converted:
     ranks: tuple[int, int] | None
     errors: Errors | None
     relative_error: float
-
-
-def read(source: Source, base: Source | None = None) -> Adapter:
-    """Read an S2FT adapter of any kind, or a FourierFT adapter that PEFT saved, which needs its `base`.
-
-    Raises AdapterFileError, also for a FourierFT adapter without a base.
-    """
-    from ..pipelines.sources import find_adapter_file, read_any_adapter
-    from .extract import is_fourierft, read_fourierft
-
-    if not Path(source).exists():  # a repository's name is for pipelines: a mistyped file must not wait for the hub
-        raise AdapterFileError(f"{source}: there is no such file or folder.")
-    if is_fourierft(source):
-        if base is None:
-            raise AdapterFileError(f"{source}: a FourierFT adapter, whose positions depend on its base model: give it.")
-        return read_fourierft(source, weight_shapes(base_folder(base)))
-    return read_any_adapter(find_adapter_file(source), "unet")
-
-
-def is_s2ft(source: Source) -> bool:
-    """Whether a source is an S2FT adapter (of a FourierFT one, PEFT's): if not, it may be a LoRA."""
-    from .extract import is_fourierft
-
-    path = Path(source)
-    if path.is_dir():
-        from ..pipelines.sources import WEIGHTS_NAME
-
-        return (path / WEIGHTS_NAME).is_file() or _peft_type(path) == "S2FT" or is_fourierft(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return METADATA_KEY in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
-def _peft_type(folder: Path) -> str | None:
-    import json
-
-    try:
-        return json.loads((folder / lora_files.PEFT_CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def convert(
@@ -190,12 +148,8 @@ def _write_dense(
         kernel = kernels.get(component, {}).get(name, ())
         changes[component][name] = stored.view(len(stored), -1, *kernel) if kernel else stored
     tensors = lora_files.dense_state_dict(changes, to)
-    described = lora_files.describe_adapter(adapter.info, _shapes(adapter), _title(adapter, out))
+    described = lora_files.describe_adapter(adapter.info, layer_shapes(adapter), _title(adapter, out))
     return Converted(lora_files.write_tensors(out, tensors, described), None, errors, errors.total)
-
-
-def _shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, int]]]:
-    return {c: {name: layer.shape for name, layer in layers.items()} for c, layers in adapter.layers.items()}
 
 
 def find_kernels(adapter: Adapter, base: Shapes | None = None) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -204,7 +158,7 @@ def find_kernels(adapter: Adapter, base: Shapes | None = None) -> dict[str, dict
     Raises ValueError, asking for the base, for a layer whose kind none of them says, and AdapterFileError for a base
     that has no such layer.
     """
-    shapes = _shapes(adapter)
+    shapes = layer_shapes(adapter)
     context = tool_names.context_width(shapes)
     found: dict[str, dict[str, tuple[int, ...]]] = {c: {} for c in shapes}
     for component, layers in shapes.items():
@@ -268,7 +222,7 @@ def merge(base: Source, adapters: Sequence[tuple[Source, float]], out: Source, *
     for source, weight in adapters:
         if is_s2ft(source):
             adapter = read(source, base)
-            problems = misfits(_shapes(adapter), shapes)
+            problems = misfits(layer_shapes(adapter), shapes)
             found = {
                 c: {n: partial(_scaled, layer.delta, adapter.configs[c].scaling * weight) for n, layer in x.items()}
                 for c, x in adapter.layers.items()
@@ -356,83 +310,3 @@ def extract(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     written = write_adapter(out, adapter, dtype)
     return Converted(written.bytes, None, errors, math.hypot(errors.total, written.relative_error))
-
-
-# Looking at a file ---------------------------------------------------------------------------------------------------
-
-
-def describe(source: Source, base: Source | None = None) -> dict[str, Any]:
-    """What an S2FT adapter is, as plain values: its info, configs, and for every layer shape, numbers, rank and energy.
-
-    The energy is ||change||^2 (Frobenius), its scaling included; `share` is that of all layers'.
-    """
-    adapter = read(source, base)
-    layers = []
-    for component, found in adapter.layers.items():
-        for name, layer in found.items():
-            size = layer.change_norm(layer.coefficients.float()) * adapter.configs[component].scaling
-            layers.append(
-                {
-                    "component": component,
-                    "name": name,
-                    "shape": list(layer.shape),
-                    "numbers": layer.coefficients.numel(),
-                    "rank": layer.rank if isinstance(layer, GridWeights) else None,
-                    "energy": size**2,
-                }
-            )
-    total = math.fsum(layer["energy"] for layer in layers)
-    for layer in layers:
-        layer["share"] = layer["energy"] / total if total else 0.0
-    info = adapter.info.to_json()
-    if "thumbnail" in info:
-        info["thumbnail"] = len(adapter.info.thumbnail or b"")
-    return {
-        "info": info,
-        "configs": {c: _plain(config) for c, config in adapter.configs.items()},
-        "numbers": adapter.trainable,
-        "energy": total,
-        "layers": layers,
-    }
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    from .reading import CONFIG_FIELDS
-
-    return {name: getattr(config, name) for name in CONFIG_FIELDS}
-
-
-def verify(source: Source, base: Source) -> list[str]:
-    """What keeps an adapter from fitting a base model, one line each; of the base only headers are read.
-
-    Raises AdapterFileError for an adapter or a base that cannot be read.
-    """
-    folder = base_folder(base)
-    shapes = weight_shapes(folder)
-    if is_s2ft(source):
-        found = _shapes(read(source, base))
-    else:
-        lora = lora_files.read_lora(source, shapes)
-        found = {c: {n: layer.shape for n, layer in layers.items()} for c, layers in lora.layers.items()}
-    return misfits(found, shapes, pipeline_class(folder))
-
-
-def misfits(
-    adapter: Mapping[str, Mapping[str, tuple[int, int]]], base: Shapes, pipeline: str | None = None
-) -> list[str]:
-    """Layers (d, k) by component that a base's weights have no equal for, in words."""
-    problems = []
-    for component, layers in adapter.items():
-        if component not in base:
-            problems.append(f"the base{f', a {pipeline},' if pipeline else ''} has no {component}.")
-            continue
-        for name, (d, k) in layers.items():
-            stored = stored_name(name, base[component])
-            if stored is None:
-                problems.append(f"{component}.{name}: the base has no such layer.")
-                continue
-            shape = base[component][stored]
-            if len(shape) < 2 or (shape[0], math.prod(shape[1:])) != (d, k):
-                found = "x".join(map(str, (shape[0], math.prod(shape[1:]))))
-                problems.append(f"{component}.{name}: the adapter has {d}x{k}, the base {found}.")
-    return problems

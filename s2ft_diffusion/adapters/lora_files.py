@@ -161,6 +161,7 @@ _TRANSFORMERS = (
     (r"stable[\W_]*diffusion[\W_]*3|sd3", "sd3", "stable-diffusion-3"),
     (r"qwen[\W_]*image", "qwen_image", "qwen-image"),
     (r"z[\W_]*image", "z_image", "z-image"),
+    (r"lumina", "lumina2", "lumina-2"),
 )
 
 

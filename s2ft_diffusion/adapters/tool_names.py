@@ -21,6 +21,11 @@ SDXL_CONTEXT = 2048  # width of the text features that cross-attention reads
 THREE_BY_THREE = re.compile(r"(^|\.)(conv1|conv2|conv_in|conv_out|(down|up)samplers\.\d+\.conv)$")
 ONE_BY_ONE = re.compile(r"(^|\.)conv_shortcut$")
 PROJECTION = re.compile(r"(^|\.)attentions\.\d+\.proj_(in|out)$")  # linear or 1x1, which the name doesn't say
+# transformers that ComfyUI reads no LoRA in diffusers' names for, by layers that they alone have
+_NOT_IN_COMFYUI = {
+    "Lumina 2": re.compile(r"(layers|context_refiner|noise_refiner)\.\d+\.(attn\.|feed_forward\.linear_)"),
+    "Sana": re.compile(r"transformer_blocks\.\d+\.ff\.conv_"),
+}
 
 
 def clip_name(name: str) -> str:
@@ -68,6 +73,10 @@ def key(tool: Tool, component: str, name: str, *, sdxl: bool = False) -> str:
     encoder = component in ("text_encoder", "text_encoder_2")
     if tool == "peft":
         return f"base_model.model.{name}"
+    if tool == "comfyui" and component == "transformer":
+        for base, layers in _NOT_IN_COMFYUI.items():
+            if layers.match(name):
+                raise ValueError(f"ComfyUI has no names for {base}'s layers; use lora, or merge into the base")
     if tool == "comfyui" and encoder:
         return f"{component}.{clip_name(name)}"
     if tool == "lora" or (tool == "comfyui" and component == "transformer"):
