@@ -6,6 +6,7 @@ a small training.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import psutil
 
 BASE = "toybox"  # the tiny base, once a test has asked for its fixture
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +67,14 @@ class Training:
 
     def running(self) -> bool:
         return self.process.exitcode is None
+
+    def seconds(self) -> float:
+        """Of processor time, which unlike the clock's says how far it has come; after its end, without end."""
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return math.inf
+        return times.user + times.system if self.running() else math.inf
 
     def wait(self) -> int:
         """Its exit code: negative where a signal ended it."""
