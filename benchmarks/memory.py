@@ -22,6 +22,7 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -88,6 +89,7 @@ BASES = {
     "sdxl": Base(SHAPES["sdxl"].build, "StableDiffusionXLPipeline", CHECKPOINTED),
     "pixart-sigma": Base(_pixart_sigma, "PixArtSigmaPipeline", CHECKPOINTED),
     "sana": Base(SanaTransformer2DModel, "SanaPipeline", CHECKPOINTED, 32, 6),
+    "lumina2": Base(lambda: Lumina2Transformer2DModel(cap_feat_dim=2304), "Lumina2Pipeline", CHECKPOINTED, 16),
     "sd35-medium": Base(_sd35_medium, "StableDiffusion3Pipeline", CHECKPOINTED, 16),
     "klein": Base(SHAPES["klein"].build, "Flux2KleinPipeline", NF4, 32),
     "z-image": Base(ZImageTransformer2DModel, "ZImagePipeline", NF4, 16),
@@ -113,9 +115,12 @@ def adapted(args: argparse.Namespace, method: str) -> Callable[[str, nn.Module],
     """Puts a method on a model's layers."""
 
     def adapt(_: str, model: nn.Module) -> None:
-        targets = attention_targets(model, args.targets)
+        layers = {name: model.get_submodule(name) for name in attention_targets(model, args.targets)}
         if method == "FourierFT":  # it adapts no convolutions
-            targets = [name for name in targets if isinstance(model.get_submodule(name), nn.Linear)]
+            layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+        if method.startswith("LoRA"):  # nor does it one channel by channel
+            layers = {name: layer for name, layer in layers.items() if getattr(layer, "groups", 1) == 1}
+        targets = list(layers)
         inject_adapter_in_model(method_config(method, targets, args.n), model)
 
     return adapt

@@ -102,7 +102,10 @@ def _add_rank(command: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number or a share such as 0.01, got {text!r}") from None
 
 
 def weighted(text: str) -> tuple[str, float]:

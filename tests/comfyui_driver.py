@@ -27,6 +27,7 @@ import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.flux.model import FluxParams
 
 from s2ft_diffusion.adapters.reading import read_stored
 from s2ft_diffusion.adapters.tool_names import key
@@ -69,7 +70,7 @@ FAMILIES = {
         "image_model": "lumina2", "patch_size": 2, "in_channels": 4, "dim": 64, "n_layers": 1, "n_refiner_layers": 1,
         "n_heads": 4, "n_kv_heads": 4, "cap_feat_dim": 32, "axes_dims": [4, 4, 8], "axes_lens": [32, 32, 32],
         "qk_norm": True, "z_image_modulation": True, "ffn_dim_multiplier": 8 / 3, "rope_theta": 256.0,
-        "time_scale": 1000.0, "pad_tokens_multiple": 32,
+        "time_scale": 1000.0, "pad_tokens_multiple": 32, "multiple_of": 2,
     }),
 }  # fmt: skip
 
@@ -87,6 +88,8 @@ class Warnings(logging.Handler):
 
 def tiny_model() -> comfy.model_patcher.ModelPatcher:
     kind, config = FAMILIES[family]
+    if family == "flux" and "txt_ids_dims" in FluxParams.__dataclass_fields__:  # since ComfyUI has FLUX.2
+        config = {**config, "txt_ids_dims": []}
     torch.manual_seed(0)
     made = getattr(comfy.supported_models, kind)(config)
     made.unet_config = {**config, "dtype": torch.float32}

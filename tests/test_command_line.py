@@ -96,6 +96,13 @@ def test_add_extract_verify_merge(capsys, file, tmp_path) -> None:
     ("words", "message"),
     [
         (["info", "nowhere.safetensors"], "no such file"),
+        (["info", "nowhere"], "no such file"),  # without asking the hub
+        (["info", "{folder}/text\nand more"], "no such file"),
+        (["convert", "{file}", "{folder}", "--to", "lora"], "is a folder: give the name of a file"),
+        (["convert", "{file}", "{folder}/text", "--to", "peft"], "is a file: peft's adapters are folders"),
+        (["add", "{file}", "{folder}"], "is a folder: give the name of a file"),
+        (["extract", "{file}", "{folder}/text/out"], "text is a file, not a folder"),
+        (["verify", "{file}", "--base", "{folder}/broken"], "its model_index.json cannot be read"),
         (["info", "{folder}"], "there is no pytorch_s2ft_weights.safetensors"),
         (["info", "{folder}/text"], "not a complete safetensors file"),
         (["convert", "{free}", "out", "--to", "lora"], "its positions are free"),
@@ -114,6 +121,8 @@ def test_add_extract_verify_merge(capsys, file, tmp_path) -> None:
 def test_bad_input(capsys, file, free, tmp_path, monkeypatch, words, message) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("no adapter")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text("{")
     before = sorted(tmp_path.iterdir())
     code, out, err = run(capsys, *[word.format(file=file, free=free, folder=tmp_path) for word in words])
     assert (code, out) == (2, "")
@@ -123,7 +132,16 @@ def test_bad_input(capsys, file, free, tmp_path, monkeypatch, words, message) ->
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("words", [[], ["convert", "a", "b"], ["convert", "a", "b", "--to", "webui"], ["merge", "a"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["convert", "a", "b"],
+        ["convert", "a", "b", "--to", "webui"],
+        ["merge", "a"],
+        ["extract", "a", "b", "--numbers", "many"],
+    ],
+)
 def test_words_that_argparse_refuses(capsys, words) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(words)

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from s2ft_diffusion import S2FTConfig, S2FTConv, attention_targets, initialize_s2ft_weights
+from s2ft_diffusion.families.blank import AllocationTracker
 from tests.conftest import generate, same_state, state
 
 LAYERS = {
@@ -115,3 +116,14 @@ def test_all_layers_of_a_pipeline(pipe, tmp_path) -> None:
     assert not torch.equal(both, expected)
     pipe.unload_lora_weights()
     torch.testing.assert_close(generate(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_depthwise_convolution_makes_no_functions_of_every_channel() -> None:
+    """Its d row functions in each of the d groups would be d * d channels (Sana's have 11,200)."""
+    channels, side = 64, 8
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
+    model = get_peft_model(layer, S2FTConfig(target_modules=["0"], n_frequency=500, init_weights=False))
+    with AllocationTracker() as tracker:
+        model(torch.randn(1, channels, side, side)).sum().backward()
+    assert tracker.peak < 4 * 8 * 9 * channels * side * side  # a few times nine channels for each one, float32

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -54,12 +55,14 @@ def train_here(photos: Path, output: Path, *more: str) -> Path:
 class Training:
     """The recipe by its command line; `said` is what it writes, to both streams.
 
-    `before` is called in the process first.
+    `before` is called in the process first; `environment` is set there.
     """
 
-    def __init__(self, argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, argv: Sequence[str], log: Path, before: Callable[[], None] | None = None, **environment: str
+    ) -> None:
         self.log = log
-        self.process = _forked(list(argv), str(log), before)
+        self.process = _forked(list(argv), str(log), before, environment)
 
     @property
     def said(self) -> str:
@@ -113,16 +116,29 @@ def _forked(*args: object) -> BaseProcess:
             except (EOFError, ConnectionError) as error:
                 if last:
                     raise RuntimeError("the fork server died three times: its stderr says why") from error
+                time.sleep(2)  # who dies is heard no more before being known as dead
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
-def _train(argv: list[str], log: str, before: Callable[[], None] | None) -> None:
+def train_two(argv: Sequence[str], log: Path) -> None:
+    """The recipe in two processes that talk to each other, as `accelerate launch` starts them."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
+    both = [
+        Training(argv, log.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)
+    ]
+    assert [each.wait() for each in both] == [0, 0], both[0].said[-3000:] + both[1].said[-3000:]
+
+
+def _train(argv: list[str], log: str, before: Callable[[], None] | None, environment: dict[str, str]) -> None:
     to = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(to, stream)
     sys.stdout.reconfigure(line_buffering=True)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | environment)
     os.chdir(ROOT)
     import torch
 

@@ -32,8 +32,15 @@ def base_folder(base: str | os.PathLike) -> Path:
     from ..toybox import resolve
 
     folder = Path(resolve(base))
-    if not (folder / "model_index.json").is_file():
+    index = folder / "model_index.json"
+    if not index.is_file():
         raise AdapterFileError(f"{base}: no folder in diffusers' layout (it has no model_index.json).")
+    try:
+        readable = isinstance(json.loads(index.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        readable = False
+    if not readable:
+        raise AdapterFileError(f"{base}: its model_index.json cannot be read.")
     return folder
 
 

@@ -54,6 +54,8 @@ def read(source: Source, base: Source | None = None) -> Adapter:
     from ..pipelines.sources import find_adapter_file, read_any_adapter
     from .extract import is_fourierft, read_fourierft
 
+    if not Path(source).exists():  # a repository's name is for pipelines: a mistyped file must not wait for the hub
+        raise AdapterFileError(f"{source}: there is no such file or folder.")
     if is_fourierft(source):
         if base is None:
             raise AdapterFileError(f"{source}: a FourierFT adapter, whose positions depend on its base model: give it.")
@@ -113,6 +115,7 @@ def convert(
     if to not in FORMATS:
         raise ValueError(f"to must be one of {FORMATS}, got {to!r}.")
     _check(rank, error, dense, to)
+    _check_out(out, to)
     adapter = read(source, base)
     if to == "s2ft":
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -154,6 +157,18 @@ def _check(rank: int | None, error: float | None, dense: bool, to: str) -> None:
         raise ValueError("dense changes are whole: they have neither a rank nor an error.")
     if to == "s2ft" and (rank is not None or error is not None or dense):
         raise ValueError("rank, error and dense are for LoRA files.")
+
+
+def _check_out(out: Source, to: str) -> None:
+    """Before the work: that a file is no folder, a folder no file, and that neither would be within a file."""
+    path = Path(out)
+    if to == "peft" and path.is_file():
+        raise ValueError(f"{out} is a file: peft's adapters are folders.")
+    if to != "peft" and path.is_dir():
+        raise ValueError(f"{out} is a folder: give the name of a file.")
+    within = next((parent for parent in path.parents if parent.exists()), None)
+    if within is not None and not within.is_dir():
+        raise ValueError(f"{out}: {within} is a file, not a folder.")
 
 
 def _title(adapter: Adapter, out: Source) -> str:
@@ -301,6 +316,7 @@ def add(
     if dtype not in LORA_DTYPES:
         raise ValueError(f"dtype must be one of {LORA_DTYPES}, got {dtype!r}.")
     _check(rank, error, False, to)
+    _check_out(out, to)
     parts = [
         (read_as_lora(source, rank=rank, error=error, base=base, progress=progress), weight)
         for source, weight in adapters
@@ -333,6 +349,7 @@ def extract(
     from ..tuner.config import S2FTConfig
     from .extract import extract_adapter
 
+    _check_out(out, "s2ft")
     lora = lora_files.read_lora(source, weight_shapes(base_folder(base)) if base else None)
     config = S2FTConfig(n_frequency=n_frequency, oversampling=oversampling)
     adapter, errors = extract_adapter(lora, config, progress=progress)

@@ -237,6 +237,8 @@ def read_lora(path: str | os.PathLike, base: Shapes | None = None) -> Lora:
     Raises AdapterFileError for what is no LoRA, or not wholly understood.
     """
     path = Path(path)
+    if not path.exists():
+        raise AdapterFileError(f"{path}: there is no such file or folder.")
     if path.is_dir():
         return _read_peft(path)
     try:

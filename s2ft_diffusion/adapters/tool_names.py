@@ -74,7 +74,8 @@ def key(tool: Tool, component: str, name: str, *, sdxl: bool = False) -> str:
         return f"{component}.{canonical_name(component, name)}"
     if component == "transformer":
         raise ValueError(
-            "kohya's names are those of U-Nets and CLIP; for a transformer use comfyui, whose names Forge reads too"
+            "kohya's names are those of U-Nets and CLIP; for a transformer use comfyui (ComfyUI, Forge), or lora, from "
+            "which sd-scripts' own networks/convert_flux_lora.py makes FLUX.1's"
         )
     if encoder:
         number = {"text_encoder": "1", "text_encoder_2": "2"}[component] if sdxl else ""

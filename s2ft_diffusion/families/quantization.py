@@ -40,7 +40,10 @@ def quantizable(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not logits and not kept & set(name.split("."))
+        if type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter  # torchao packs weights within their layers
+        and module is not logits
+        and not kept & set(name.split("."))
     ]
 
 

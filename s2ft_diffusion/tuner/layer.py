@@ -337,13 +337,17 @@ class S2FTConv(S2FTLayer):
         return self.get_base_layer()._conv_forward(x, weight, bias)  # which knows how the layer pads
 
     def _multiply_thin(self, x: torch.Tensor, factors: ThinFactors) -> torch.Tensor:
-        """r2 fixed filters, then two convolutions of kernel size 1; in each of the groups."""
+        """r2 fixed filters, then convolutions of kernel size 1: two, or with groups, where each would have all r1
+        functions of its own, one."""
         layer, (up, table, down) = self.get_base_layer(), factors
         groups, ones = layer.groups, (1,) * len(layer.kernel_size)
         pointwise = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
         filters = down.view(len(down), *self._weight_shape[1:]).repeat(groups, *(1,) * (1 + len(ones)))
         found = layer._conv_forward(x, filters, None)
-        found = pointwise(found, table.repeat(groups, 1).view(-1, table.shape[1], *ones), groups=groups)
+        if groups > 1:
+            up = up @ table
+        else:
+            found = pointwise(found, table.view(*table.shape, *ones))
         return pointwise(found, up.view(*up.shape, *ones), groups=groups)
 
 

@@ -248,6 +248,23 @@ def pixart_sigma() -> dict:
     }  # fmt: skip
 
 
+def lumina2() -> dict:
+    return {
+        "transformer": diffusers.Lumina2Transformer2DModel(
+            sample_size=4, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1, num_attention_heads=3,
+            num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), axes_lens=(1024, 64, 64), cap_feat_dim=16,
+        ),
+        "vae": AutoencoderKL(  # its pipeline takes eight pixels a latent for granted
+            block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, latent_channels=4, shift_factor=0.1,
+        ),
+        "scheduler": flow(shift=6.0), "tokenizer": bytes_tokenizer(),
+        "text_encoder": transformers.Gemma2Model(
+            transformers.Gemma2Config(**language_model(num_hidden_layers=2))
+        ),
+    }  # fmt: skip
+
+
 COMPONENTS: Mapping[str, Callable[[], dict]] = {
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionXLPipeline": stable_diffusion_xl,
@@ -259,8 +276,9 @@ COMPONENTS: Mapping[str, Callable[[], dict]] = {
     "ZImagePipeline": z_image,
     "SanaPipeline": sana,
     "PixArtSigmaPipeline": pixart_sigma,
+    "Lumina2Pipeline": lumina2,
 }
-SIDE = {"SanaPipeline": 32}  # pixels; 32 at least
+SIDE = {"SanaPipeline": 32, "Lumina2Pipeline": 32}  # pixels; 16 for the others
 
 
 def tiny(name: str) -> DiffusionPipeline:

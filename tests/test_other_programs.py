@@ -1,6 +1,7 @@
-"""kohya's and ComfyUI's files in sd-scripts' and Forge's own code, where S2FT_SD_SCRIPTS and S2FT_FORGE name checkouts.
+"""kohya's and ComfyUI's files in the own code of sd-scripts, Forge and A1111.
 
-S2FT_SD_SCRIPTS_PYTHON and S2FT_FORGE_PYTHON may name Pythons that have what they need.
+S2FT_SD_SCRIPTS, S2FT_FORGE and S2FT_A1111 name checkouts; S2FT_SD_SCRIPTS_PYTHON and so on may name Pythons that have
+what they need. A1111's checkout has the repositories that its first start clones.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from s2ft_diffusion import attention_targets, convert
 from s2ft_diffusion.adapters.file import write_adapter
 from tests.random_adapters import random_adapter, tiny_denoisers
 
-SD_SCRIPTS, FORGE = os.environ.get("S2FT_SD_SCRIPTS"), os.environ.get("S2FT_FORGE")
+SD_SCRIPTS, FORGE, A1111 = (os.environ.get(f"S2FT_{name}") for name in ("SD_SCRIPTS", "FORGE", "A1111"))
+CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 # Stable Diffusion XL's U-Net: sd-scripts has it in one size alone.
 XL = {
     "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048,
@@ -42,7 +44,7 @@ def drive(name: str, checkout: str, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout.split("RESULT ")[1])
 
 
-def write_files(folder: Path, family: str, tools: tuple[str, ...]) -> int:
+def write_files(folder: Path, family: str, tools: tuple[str, ...], *, encoders: bool = False) -> int:
     """An adapter of random numbers for a family, and conversions of it; returns how many layers it has."""
     component = "transformer" if family == "flux" else "unet"
     if family == "sdxl full":
@@ -50,12 +52,13 @@ def write_files(folder: Path, family: str, tools: tuple[str, ...]) -> int:
             models = {component: diffusers.UNet2DConditionModel(**XL)}
     else:
         models = {component: tiny_denoisers()[family]}
-    if family == "sd15":
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-        with torch.device("meta"):
-            models["text_encoder"] = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=50))
-    kinds = {"text_encoder": "blocks", "unet": "all", "transformer": "all"}
-    adapter = random_adapter(models, {name: attention_targets(model, kinds[name]) for name, model in models.items()})
+    with torch.device("meta"):
+        if family == "sd15" or encoders:
+            models["text_encoder"] = CLIPTextModel(CLIPTextConfig(**CLIP))
+        if encoders and family == "sdxl":
+            models["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP))
+    targets = {c: attention_targets(m, "blocks" if c.startswith("text") else "all") for c, m in models.items()}
+    adapter = random_adapter(models, targets)
     write_adapter(folder / "s2ft.safetensors", adapter)
     for tool in tools:
         convert.convert(folder / "s2ft.safetensors", folder / f"{tool}.safetensors", to=tool, dtype="float32")
@@ -102,3 +105,17 @@ def test_in_forge(tmp_path, family, tools) -> None:
     for result in found.values():
         assert result.pop("left") == []
         assert all(error < 1e-5 for error in result.values()), result
+
+
+@pytest.mark.skipif(not A1111, reason="S2FT_A1111 names no checkout of A1111")
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_in_a1111(tmp_path, family) -> None:
+    """Its extension uses every key, changes weights by the sums and no others, and takes the file for this base."""
+    layers = write_files(tmp_path, family, ("kohya",), encoders=True)
+    found = drive("a1111", A1111, family, str(tmp_path))
+    assert found["missed"] == []
+    assert found["made"] == found["layers"] == layers
+    assert found["error"] < 1e-5
+    assert found["complaints"] == {}
+    assert found["unchanged"]
+    assert found["version"] == {"sd15": "SD1", "sdxl": "SDXL"}[family]
