@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -116,9 +117,17 @@ def _forked(*args: object) -> BaseProcess:
             except (EOFError, ConnectionError) as error:
                 if last:
                     raise RuntimeError("the fork server died three times: its stderr says why") from error
-                time.sleep(2)  # who dies is heard no more before being known as dead
+                _wait_for_the_servers_end()
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def _wait_for_the_servers_end() -> None:
+    """Its connections close before it is known as dead, and until then it would be asked again."""
+    for _ in range(600):
+        if os.waitid(os.P_PID, forkserver._forkserver._forkserver_pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.1)
 
 
 def train_two(argv: Sequence[str], log: Path) -> None:
