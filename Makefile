@@ -1,5 +1,5 @@
 # make demo: train on a toybox subject and look at the result.   make test: lint and run the tests, in minutes.
-# make test-all: the slow tests, too, some of which want a Chromium and npm.
+# make test-slow, test-all: the slow tests, too, some of which want a Chromium and npm.
 # make test-long: hours of fuzzing, killing and crowds (tests/long).
 # make docs: build the documentation into site/.
 # All set up .venv first; someone who has an environment uses it with VENV=path.
@@ -33,7 +33,7 @@ test: lint
 	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP) $(AXE)
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow $(SLOW)
 
 test-all: lint $(AXE)
 	$(PYTEST)

@@ -28,7 +28,8 @@ def test_ablation_reports(tmp_path) -> None:
     assert main(options) == 0
     report = json.loads((tmp_path / "ablation.json").read_text())
     assert [row["method"] for row in report["rows"]] == ["drawn", "base", "ablation-default", "coefficients-real"]
-    assert report["rows"][2]["trainable"] == pytest.approx(report["rows"][3]["trainable"], rel=2e-3)
+    grid, free = (row["trainable"] for row in report["rows"][2:])
+    assert 0.95 * free < grid <= free  # a whole table has at most as many numbers as were asked for
     assert {(p["a"], p["b"]) for p in report["paired"]} == {("ablation-default", "coefficients-real")}
     assert "| coefficients: real |" in (tmp_path / "ablation.md").read_text()
 

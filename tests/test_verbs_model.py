@@ -26,6 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from s2ft_diffusion import S2FTConfig, S2FTLayer
@@ -253,8 +254,8 @@ class Verbs(RuleBasedStateMachine):
         self.fused = {n: s for n, s in self.fused.items() if n not in kind}
         self.loaded = {n: change for n, change in self.loaded.items() if n not in kind}
         self.active = [n for n in self.active if n not in kind]
-        if not self.loaded:
-            self.on = True
+        if not any(isinstance(module, BaseTunerLayer) for module in self.pipe.transformer.modules()):
+            self.on = True  # a LoRA's empty layers, which diffusers leaves behind, stay switched off
 
     @precondition(lambda self: any(name in S2FT for name in self.loaded))
     @rule(data=st.data())
@@ -274,7 +275,7 @@ class Verbs(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(25, 15), pytest.param(400, 40, marks=pytest.mark.slow)], ids=["short", "long"]
+    ("examples", "steps"), [(25, 15), pytest.param(200, 40, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 def test_verbs(examples, steps, tmp_path) -> None:
     Verbs.folder = tmp_path
@@ -284,6 +285,6 @@ def test_verbs(examples, steps, tmp_path) -> None:
         stateful_step_count=steps,
         deadline=None,
         suppress_health_check=checks,
-        derandomize=examples < 100,
+        derandomize=True,
     )
     run_state_machine_as_test(Verbs, settings=options)

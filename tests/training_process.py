@@ -6,6 +6,7 @@ a small training.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -13,8 +14,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+import psutil
 
 BASE = "toybox"  # the tiny base, once a test has asked for its fixture
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +72,14 @@ class Training:
     def running(self) -> bool:
         return self.process.exitcode is None
 
+    def seconds(self) -> float:
+        """Of processor time, which unlike the clock's says how far it has come; after its end, without end."""
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return math.inf
+        return times.user + times.system if self.running() else math.inf
+
     def wait(self) -> int:
         """Its exit code: negative where a signal ended it."""
         self.process.join()
@@ -105,9 +117,17 @@ def _forked(*args: object) -> BaseProcess:
             except (EOFError, ConnectionError) as error:
                 if last:
                     raise RuntimeError("the fork server died three times: its stderr says why") from error
-                time.sleep(2)  # who dies is heard no more before being known as dead
+                _wait_for_the_servers_end()
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+
+
+def _wait_for_the_servers_end() -> None:
+    """Its connections close before it is known as dead, and until then it would be asked again."""
+    for _ in range(600):
+        if os.waitid(os.P_PID, forkserver._forkserver._forkserver_pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.1)
 
 
 def train_two(argv: Sequence[str], log: Path) -> None:

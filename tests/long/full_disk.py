@@ -24,8 +24,8 @@ from pathlib import Path
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints, read_state
-from tests.long.killing import arguments, facts, few_steps, prepare
-from tests.training_process import Training, train
+from tests.long.killing import arguments, facts, few_steps, prepare, whole_run
+from tests.training_process import Training
 
 
 @contextmanager
@@ -63,19 +63,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder)
-        begun = time.monotonic()
-        train(arguments(folder, folder / "whole"), folder / "log", few_steps)
-        whole, wanted = time.monotonic() - begun, facts(folder / "whole")
+        whole, wanted = whole_run(folder)
         disk = folder / "disk"
         disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", disk], check=True)
         output = disk / "run"
         while moments.total() < args.moments:
             training = Training(arguments(folder, output), folder / "log", few_steps)
-            before, begun = set(), time.monotonic()
-            moment = draw.uniform(0.3, 1) * whole
-            training.wait_until(lambda begun=begun, moment=moment: time.monotonic() - begun > moment)
-            whole = min(whole, time.monotonic() - begun) if not training.running() else whole
+            before, moment = set(), draw.uniform(0.2, 1) * whole
+            training.wait_until(lambda training=training, moment=moment: training.seconds() > moment)
             if training.running():
                 nothing_more = draw.choice((full, read_only))
                 moments[nothing_more.__name__] += 1
