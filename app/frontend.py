@@ -91,7 +91,7 @@ CSS = """
 
 @media (max-width: 720px) {
   #masthead h1 {font-size: 1.2rem}
-  #masthead p, #masthead h1 {display: inline-block; margin-right: 8px}
+  #masthead p {font-size: 0.85rem}
   .tab-container button {padding: 0 6px !important; font-size: 13px !important}
   #stage {grid-template-columns: minmax(0, 1fr); grid-template-areas: "ask" "frame" "rest";
     grid-template-rows: none}

@@ -28,7 +28,7 @@ def main() -> None:
         blocks, app, address = launch(parse_arguments(flags), block=False)
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
-            light = opened(browser, address, viewport={"width": 1180, "height": 815})
+            light = opened(browser, address, viewport={"width": 1180, "height": 800})
             generate(light, images=4)
             light.screenshot(path=args.folder / "app-generate.png")
             dark = opened(browser, f"{address}?__theme=dark", viewport={"width": 1180, "height": 700})
@@ -37,7 +37,7 @@ def main() -> None:
             dark.locator("#about").get_by_text("trainable numbers").wait_for()
             dark.wait_for_timeout(500)
             dark.screenshot(path=args.folder / "app-library.png")
-            phone = opened(browser, address, viewport={"width": 412, "height": 915}, is_mobile=True, has_touch=True)
+            phone = opened(browser, address, viewport={"width": 390, "height": 1010}, is_mobile=True, has_touch=True)
             generate(phone, images=1)
             phone.screenshot(path=args.folder / "app-phone.png")
             browser.close()
