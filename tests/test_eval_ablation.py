@@ -13,6 +13,11 @@ from eval.__main__ import main
 from tests.conftest import ROOT
 
 
+@pytest.fixture(autouse=True)
+def few_held_out_draws(monkeypatch) -> None:
+    monkeypatch.setattr("eval.training.HELD_OUT_DRAWS", 8)
+
+
 def test_every_variant_of_the_ablation_is_one_of_its_own() -> None:
     definitions = [json.dumps(variant.definition()) for variant in ablation.methods(list(ablation.VARIANTS))]
     assert len(set(definitions)) == len(definitions) > 20

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def arguments(folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_held_out_draws() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.training.HELD_OUT_DRAWS", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
     """A finished comparison of the smallest size."""
@@ -79,7 +87,7 @@ def test_compare_writes_what_it_promises(compared) -> None:
     table = (compared / "compare.md").read_text()
     assert "| S²FT, default |" in table
     (held_out,) = found["trials"]["s2ft-default"].values()
-    assert f"| {held_out:.3f} | 16,204 |" in table
+    assert f"| {held_out:.3f} | {found['rows'][3]['trainable']:,} |" in table
     assert "1 subjects, 1 seed each; held out" in table
     assert "toybox (unweighted" in table
     for name in ("bars", "tradeoff", "losses", "sheet-mittens"):

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -93,7 +94,8 @@ class Training:
     def kill(self, number: int = signal.SIGKILL) -> int:
         """Send it a signal, and wait for its end."""
         if self.running():
-            os.kill(self.process.pid, number)
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.kill(self.process.pid, number)
         return self.wait()
 
 

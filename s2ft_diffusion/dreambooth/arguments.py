@@ -296,7 +296,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def folder_words(folder: str) -> str:
     """A folder's name as words."""
-    return printable(decoded(Path(folder).resolve().name)).replace("_", " ").replace("-", " ")
+    return printable(Path(folder).resolve().name).replace("_", " ").replace("-", " ")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail, 
 from ..adapters.lora_files import LORA_NAME
 from .errors import InputError, NotPublished
 from .settings import HubSettings, Settings
+from .text import printable
 
 
 def describe(settings: Settings, facts: dict[str, Any], samples: Sequence[Path] = ()) -> AdapterInfo:
@@ -163,7 +164,7 @@ def publish(
         else:
             (path.parent / LORA_NAME).unlink(missing_ok=True)  # an earlier run's, of another adapter
         bar.update()
-        name = repository or path.parent.resolve().name
+        name = repository or printable(path.parent.resolve().name)
         write_model_card(settings, name, adapter, size, facts["share"], samples)
         report = {**facts, "seconds": seconds, **written}
         write_text(path.parent / "training.json", json.dumps(report, indent=2))
