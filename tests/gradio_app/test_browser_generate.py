@@ -198,6 +198,7 @@ def test_a_picture_gives_its_settings_back(page, tmp_path) -> None:
 
 def test_back_reload_and_links(page, pages) -> None:
     choose(page, "dog")
+    wait_for_value(page, "#prompt textarea", "a photo of sks dog")  # which would replace what is typed before it
     prompt(page).fill("sks dog at sea")
     set_seed(page, 9)
     set_number(page, "Strength", 0.45)
