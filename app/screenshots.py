@@ -37,7 +37,7 @@ def main() -> None:
             dark.locator("#about").get_by_text("trainable numbers").wait_for()
             dark.wait_for_timeout(500)
             dark.screenshot(path=args.folder / "app-library.png")
-            phone = opened(browser, address, viewport={"width": 390, "height": 1010}, is_mobile=True, has_touch=True)
+            phone = opened(browser, address, viewport={"width": 390, "height": 992}, is_mobile=True, has_touch=True)
             generate(phone, images=1)
             phone.screenshot(path=args.folder / "app-phone.png")
             browser.close()
