@@ -23,6 +23,7 @@ def second(pipe, tmp_path) -> tuple[Path, torch.Tensor]:
     return other, wanted
 
 
+@pytest.mark.slow
 def test_compile(pipe, folder) -> None:
     path, expected = folder
     pipe.load_s2ft_weights(path)

@@ -41,6 +41,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_both_bases_come_out_as_the_committed_ones_are_laid_out(trained) -> None:
     for kind, stages in (
         ("unet", ["autoencoder", "text_encoder", "unet"]),
@@ -63,9 +64,8 @@ def test_both_bases_come_out_as_the_committed_ones_are_laid_out(trained) -> None
     assert weights(vae[0]) == weights(vae[1])
 
 
-@pytest.mark.parametrize(
-    ("name", "denoiser"), [("flow", "transformer"), pytest.param("base", "unet", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "denoiser"), [("flow", "transformer"), ("base", "unet")])
 def test_a_base_is_trained_on(trained, tmp_path, name, denoiser) -> None:
     start, output = trained / "bases" / name, tmp_path / "bases"
     pretrain_further(tmp_path, start, output, TINY, CPU)
@@ -78,6 +78,7 @@ def test_a_base_is_trained_on(trained, tmp_path, name, denoiser) -> None:
     assert report["start"] == json.loads((start / "training.json").read_text())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(trained, tmp_path, monkeypatch) -> None:
     """Killed three times: after the first step of the autoencoder, of the U-Net and of the transformer."""
     for name in ("pictures.npy", "ids.npy", "attributes.npy", "done.npy"):
@@ -116,6 +117,7 @@ def test_renders_are_the_scenes_and_are_not_made_twice(tmp_path) -> None:
     assert (tmp_path / "pictures.npy").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_rendering_is_raised(tmp_path) -> None:
     with Renders(tmp_path, 12, 1) as renders, pytest.raises(Exception, match="tokenizer"):
         renders.wait_for(12)

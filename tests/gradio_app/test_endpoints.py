@@ -91,12 +91,13 @@ def generated(engine: Engine, settings: Settings, library) -> Image.Image:
     return engine.threads.submit(engine.generate, settings, library).result()[0]
 
 
-def test_forty_mixed_requests_of_eight_clients_equal_those_made_alone(served, named, app) -> None:
+@pytest.mark.parametrize("count", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_mixed_requests_of_eight_clients_equal_those_made_alone(served, named, app, count) -> None:
     rng = random.Random(1)
     cat, dog, both = named["cat"], named["dog"], named["both"]
     choices = [("", 1.0, "", 0.5), (cat, 1.0, "", 0.5), (dog, 0.6, "", 0.5), (both, 1.2, "", 0.5), (dog, 1.0, cat, 0.5)]
     wishes = []
-    for _ in range(40):
+    for _ in range(count):
         adapter, strength, second, second_strength = rng.choice(choices)
         wishes.append(
             {
@@ -110,7 +111,7 @@ def test_forty_mixed_requests_of_eight_clients_equal_those_made_alone(served, na
 
     def visit(number: int) -> None:
         client = Client(served[0], verbose=False)
-        for i in range(number, 40, 8):
+        for i in range(number, count, 8):
             made[i] = images(client.predict(**wishes[i], api_name="/generate"))[0].convert("RGB")
 
     threads = [threading.Thread(target=visit, args=(n,)) for n in range(8)]
@@ -118,7 +119,7 @@ def test_forty_mixed_requests_of_eight_clients_equal_those_made_alone(served, na
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(made) == list(range(40))
+    assert sorted(made) == list(range(count))
     for i, wish in enumerate(wishes):
         alone = Settings.checked(
             negative_prompt="", guidance=4.0, images=1,
@@ -127,7 +128,7 @@ def test_forty_mixed_requests_of_eight_clients_equal_those_made_alone(served, na
         )  # fmt: skip
         assert same(generated(app.engine, alone, app.library), made[i]), wish
     fresh = Engine("toybox")  # and one that nobody else has used
-    assert same(generated(fresh, alone, app.library), made[39])
+    assert same(generated(fresh, alone, app.library), made[count - 1])
 
 
 def test_cancel(client) -> None:
@@ -326,6 +327,7 @@ def test_history(client, named) -> None:
     assert client.predict(favourites=True, api_name="/list_history") == ([], [])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(2 * PATIENCE)
 def test_train(client, photos, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

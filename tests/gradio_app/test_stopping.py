@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stops_when_told_to(tmp_path, number) -> None:
     """Also where whoever started it ignores Ctrl-C, as a shell does for what runs in its background."""
     temporary = tmp_path / "temporary"
