@@ -185,11 +185,11 @@ def find_subjects(args: argparse.Namespace) -> tuple[list[Subject], list[Subject
     if both := set(development) & set(subjects):
         raise InputError(f"Learning rates must be chosen on other subjects than are compared: {sorted(both)}.")
     if args.subjects_dir is None:
-        known = {name: _toy_subject(name, args.output_dir) for name in (*development, *subjects)}
+        known = {name: toy_subject(name, args.output_dir) for name in (*development, *subjects)}
     return [known[name] for name in development], [known[name] for name in subjects]
 
 
-def _toy_subject(name: str, folder: Path) -> Subject:
+def toy_subject(name: str, folder: Path) -> Subject:
     """A toybox subject, its pictures in files."""
     toy = ALL_SUBJECTS[name]
     elsewhere = toy.pictures_elsewhere()

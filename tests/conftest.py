@@ -25,10 +25,10 @@ from tests import training_process
 from tests.random_adapters import tiny_denoisers
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Under xdist (`--dist loadgroup`) the app's tests stay together by file: a file's server is started once."""
     for item in items:
-        if "gradio_app" in item.path.parts:
+        if "gradio_app" in item.path.parts and config.pluginmanager.hasplugin("xdist"):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 

@@ -39,13 +39,16 @@ def test_it_explains_itself(name, monkeypatch, capsys) -> None:
         ("size", "--n 300"),
         ("crowd", "--n 300 --adapters 3"),
         ("prior", "--base toybox-flow --truth_steps 1 --draws 1"),
+        ("held_out", "--subjects mittens --flags '--max_train_steps 2 --n_frequency 100 --estimate gradient'"),
     ],
 )
 @pytest.mark.slow
 def test_it_measures_a_small_shape(name, options, tmp_path, monkeypatch) -> None:
     """What needs a GPU at full size runs here too."""
-    command = [option.replace("_default", " default") for option in (*options.split(), "--device", "cpu")]
-    if "--shape" not in command and name != "prior":
+    command = [option.replace("_default", " default") for option in (*shlex.split(options), "--device", "cpu")]
+    if name == "held_out":
+        command += ["--output_dir", str(tmp_path)]
+    elif "--shape" not in command and name != "prior":
         command += ["--shape", "sd15-small"]
     path = tmp_path / "report.json"
     monkeypatch.setattr(sys, "argv", [f"benchmarks.{name}", *command, "--json", str(path)])

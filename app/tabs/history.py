@@ -62,11 +62,13 @@ class HistoryTab:
             gr.api(polite(action), api_name=action.__name__, queue=False)
         acting = [self.about, self.use, self.contrast, self.favour, self.remove]
         listing = {"fn": polite(self.list_history), "inputs": self.kept, "outputs": [self.gallery, self.ids]}
-        cleared = {"fn": lambda: (NONE, gr.update(selected_index=None)), "outputs": [self.chosen, self.gallery]}
+        renewed = {"fn": polite(self.renewed), "inputs": [self.kept, self.ids, self.chosen]}
+        renewed["outputs"] = [self.gallery, self.ids, self.chosen, *acting]
         showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting}
         self.refresh.click(**listing, api_name="list_history")
         for event in (self.page.selected["history"].select, self.kept.input):
-            event(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE, show_progress="hidden")
+            event(**renewed, **PRIVATE, show_progress="hidden")
+        self.gallery.preview_close(lambda: NONE, None, self.chosen, **QUIET).then(**showing, **QUIET)
 
         def choose(ids: list[str], event: gr.SelectData) -> str:
             return ids[event.index] if 0 <= event.index < len(ids) else NONE
@@ -83,20 +85,25 @@ class HistoryTab:
         )
         self.use.click(polite(fill), self.chosen, [*generate.settings, generate.random, self.page.tabs], **PRIVATE)
         self.contrast.click(polite(contrast), self.chosen, [*self.page.compare.settings, self.page.tabs], **PRIVATE)
-        self.favour.click(polite(self.favourite_image), self.chosen, None, **PRIVATE).success(
-            **listing, **PRIVATE
-        ).then(**showing, **QUIET)
 
-        def remove(image: str, request: gr.Request) -> Any:
-            return self.delete_image(image, request) and NONE if image else gr.skip()
+        def favour(image: str, request: gr.Request) -> None:
+            self.favourite_image(image, request)
+
+        self.favour.click(polite(favour), self.chosen, None, **PRIVATE).success(**listing, **PRIVATE).then(
+            **showing, **QUIET
+        )
+
+        def remove(image: str, request: gr.Request) -> None:
+            if image:
+                self.delete_image(image, request)
 
         self.remove.click(
             polite(remove),
             self.chosen,
-            self.chosen,
+            None,
             js="image => confirm('Delete this picture for good?') ? image : ''",
             **PRIVATE,
-        ).success(**cleared, **QUIET).then(**showing, **QUIET).then(**listing, **PRIVATE, show_progress="hidden")
+        ).success(**renewed, **PRIVATE, show_progress="hidden")
 
     # What the buttons do
 
@@ -157,6 +164,16 @@ class HistoryTab:
     def words(self, settings: Settings, when: datetime) -> str:
         """What stands under a picture: adapter, strength, seed and time."""
         return f"{self.adapter_words(settings)} · seed {settings.seed} · {when:%d %b %H:%M}"
+
+    def renewed(self, favourites: bool, ids: list[str], chosen: str, request: gr.Request) -> tuple[Any, ...]:
+        """The list anew. What is shown large stays so, or if it is gone the one in its place: that is chosen then."""
+        shown, now = self.list_history(favourites, request)
+        if chosen not in ids:  # and a choice that is made meanwhile is not taken back
+            return shown, now, gr.skip(), self.show(NONE, request)[0], *(gr.skip() for _ in range(4))
+        if not now:
+            return shown, now, NONE, *self.show(NONE, request)
+        place = now.index(chosen) if chosen in now else min(ids.index(chosen), len(now) - 1)
+        return gr.update(value=shown, selected_index=place), now, now[place], *self.show(now[place], request)
 
     def show(self, image: str, request: gr.Request) -> tuple[Any, ...]:
         """All settings of the chosen picture, and the buttons."""

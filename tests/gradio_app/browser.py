@@ -126,6 +126,16 @@ def pixels(picture: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
 
 
+def pick(page: playwright.Page, words: str = "") -> None:
+    """Choose a picture of the history by what stands under it: of the list, since a click on the large view goes to the
+    next one."""
+    if page.locator("#history .preview").count():
+        page.locator("#history").get_by_role("button", name="Close").click()
+        page.locator("#use-settings:disabled").wait_for()
+    page.locator("#history .thumbnail-item", has_text=words).first.click()
+    page.locator("#use-settings:enabled").wait_for()
+
+
 def wait_until_in_view(page: playwright.Page, selector: str) -> None:
     """Until some of an element is on the screen, which the page may still be scrolling to."""
     page.wait_for_function(

@@ -9,6 +9,7 @@ from tests.gradio_app.browser import (
     choose,
     generated,
     needs_browser,
+    pick,
     set_number,
     set_steps,
     tab,
@@ -50,7 +51,7 @@ def fill(page, name: str, photos) -> None:
         page.locator("#inspect").click()
         page.wait_for_function("document.querySelectorAll('#pictures img').length >= 3")
     elif name == "History":
-        page.locator("#history img").first.click()
+        pick(page)
         page.locator("#image-settings").get_by_text("guidance").wait_for()
 
 

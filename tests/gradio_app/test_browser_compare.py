@@ -10,6 +10,7 @@ from tests.gradio_app.browser import (
     chosen,
     generated,
     needs_browser,
+    pick,
     prompt,
     set_number,
     set_seed,
@@ -92,15 +93,13 @@ def test_history(page) -> None:
     tab(page, "History")
     page.locator("#history").get_by_text("dog 0.55 · seed 31").first.wait_for()
     assert page.locator("#use-settings:disabled").count() == 1
-    page.locator("#history img").first.click()
+    pick(page, "dog 0.55 · seed 31")
     page.locator("#image-settings").get_by_text("remember sks dog").wait_for()
     wait_until_in_view(page, "#image-settings")
     page.locator("#favourite").click()
     page.locator("#favourite", has_text="No favourite").wait_for()
     page.locator("#favourites input").check()
-    page.wait_for_function("document.querySelectorAll('#history .thumbnail-item, #history img').length >= 1")
-    page.locator("#history").get_by_text("★ dog 0.55 · seed 31").first.wait_for()
-    page.locator("#history img").first.click()
+    pick(page, "★ dog 0.55 · seed 31")
     page.locator("#compare-from:enabled").click()
     wait_for_value(page, "#compare-prompt textarea", "remember sks dog")
     assert chosen(page, "#compared") == ["dog"]
@@ -108,14 +107,41 @@ def test_history(page) -> None:
     set_number(page, "Strength", 1.1)
     tab(page, "History")
     page.locator("#favourites input").uncheck()
-    page.locator("#history img").first.click()
+    pick(page, "dog 0.55 · seed 31")
     page.locator("#use-settings:enabled").click()
     wait_for_value(page, "#strength input[type=number]", "0.55")
     wait_for_value(page, "#seed input", "31")
     tab(page, "History")
-    page.locator("#history img").first.click()
+    pick(page, "dog 0.55 · seed 31")
     page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#delete-image:enabled").click()
     page.locator("#history").get_by_text("dog 0.55 · seed 31").first.wait_for(state="detached")
     assert status(page) == "done"
+
+
+def test_what_is_shown_large_is_what_is_chosen(page) -> None:
+    """Also when the list changes under it: a picture that leaves it gives way to the next one."""
+    page.once("dialog", lambda dialog: dialog.accept())
+    for seed in (41, 42):
+        set_seed(page, seed)
+        generated(page)
+    tab(page, "History")
+    large, chosen = page.locator("#history .preview"), page.locator("#image-settings")
+    pick(page, "seed 41")
+    page.locator("#favourite").click()
+    page.locator("#favourite", has_text="No favourite").wait_for()
+    page.locator("#history .preview .thumbnail-item").first.click()
+    chosen.get_by_text("42", exact=True).wait_for()
+    page.locator("#favourites input").check()
+    chosen.get_by_text("41", exact=True).wait_for()
+    assert "seed 41" in large.inner_text()
+    page.locator("#favourites input").uncheck()
+    page.locator("#history").get_by_text("seed 42").first.wait_for(state="attached")
+    assert "41" in chosen.inner_text()
+    page.locator("#delete-image").click()
+    page.locator("#history").get_by_text("seed 41").first.wait_for(state="detached")
+    chosen.get_by_text("41", exact=True).wait_for(state="detached")
+    assert large.locator("img").first.get_attribute("alt") in page.locator("#history").inner_text()
+    page.locator("#history").get_by_role("button", name="Close").click()
+    page.locator("#delete-image:disabled").wait_for()
     assert button(page, "Use these settings").is_disabled()
