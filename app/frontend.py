@@ -187,6 +187,9 @@ watch('choices', show);
 show();
 """
 
+# What was proposed for the words that stood there, unless others have been typed since.
+UNLESS_TYPED = "([before, after], now) => now === before ? after : now"
+
 LINE_TEMPLATE = '<div class="line" role="status"></div>'
 
 # One line of text; what begins with "!" is a warning.

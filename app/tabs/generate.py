@@ -15,6 +15,7 @@ from .. import limits
 from ..app import NONE, user_of
 from ..engine import Listener, Settings
 from ..errors import polite
+from ..frontend import UNLESS_TYPED
 from ..history import load_png, settings_of
 from ..library import base_name
 from ..limits import RequestError
@@ -94,6 +95,7 @@ class GenerateTab:
                     label="A picture made here, to have its settings back",
                     file_types=[".png"], height=110, elem_id="restore",
                 )  # fmt: skip
+        self.proposal = gr.JSON([], visible=False)  # the prompt as it was, and as a chosen adapter wants it
         self.made = gr.State({"wanted": 0, "images": [], "settings": []})
         self.chosen = gr.State(0)  # which of the images shown
         self.settings = [
@@ -142,7 +144,9 @@ class GenerateTab:
             [*self.page.compare.settings, self.page.tabs],
             **PRIVATE,
         )
-        self.adapter.input(polite(self.app.exchanged), [self.prompt, self.adapter, self.second], self.prompt, **QUIET)
+        self.adapter.input(
+            polite(self.proposed), [self.prompt, self.adapter, self.second], self.proposal, **QUIET
+        ).success(None, [self.proposal, self.prompt], self.prompt, js=UNLESS_TYPED, **QUIET)
         self.prompt.change(self.token_words, self.prompt, self.tokens, trigger_mode="always_last", **QUIET)
         self.restored.upload(
             polite(self.restore), self.restored, [*self.settings, self.random, self.status, self.restored], **PRIVATE
@@ -244,6 +248,10 @@ class GenerateTab:
         return {"tokens": count, "limit": limit, "unread": unread}
 
     # What the page shows
+
+    def proposed(self, prompt: str, adapter: str, second: str) -> list[str]:
+        """What is written, and what to have instead for an adapter that was just chosen."""
+        return [prompt, self.app.exchanged(prompt, adapter, second)]
 
     def token_words(self, prompt: str) -> str:
         """The line under the prompt."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import app.app
 from tests.gradio_app.browser import (
+    PATIENT,
     button,
     choose,
     chosen,
@@ -74,6 +77,23 @@ def test_a_prompt_of_ones_own_stays(page) -> None:
     prompt(page).fill("")
     choose(page, "cat")
     wait_for_value(page, "#prompt textarea", "a photo of sks cat")
+
+
+def test_what_is_typed_before_an_adapters_prompt_comes_stays(page, monkeypatch) -> None:
+    exchanged, typed = app.app.exchanged, threading.Event()
+
+    def late(*words):
+        typed.wait(PATIENT / 1000)
+        return exchanged(*words)
+
+    monkeypatch.setattr(app.app, "exchanged", late)
+    dog = tile(page, "dog").locator("input").get_attribute("value")
+    choose(page, "dog")
+    prompt(page).fill("my sks dog")
+    with page.expect_response(lambda response: dog in (response.request.post_data or "")):
+        typed.set()
+    choose(page, "cat")
+    wait_for_value(page, "#prompt textarea", "my sks cat")
 
 
 def test_another_seed_each_time_unless_it_is_held(page) -> None:
