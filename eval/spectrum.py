@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from s2ft_diffusion.adapters.file import Adapter, GridWeights
+from s2ft_diffusion.adapters.file import Adapter, GridWeights, LayerWeights
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.base import find_family
 from s2ft_diffusion.dreambooth.draws import DrawStream
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.resolution,
         )  # fmt: skip
         if adapter is not None and subject == subjects[0]:
-            check_targets(adapter, Session(plan).targets)
+            common_layers(adapter, Session(plan).targets)
         truth, losses = true_change(plan, args.output_dir / f"{subject.name}.safetensors", args.device)
         found = describe_subject(subject, truth, priors(plan, args.device), n_frequency)
         found["truth"] = losses
@@ -218,24 +218,24 @@ def _describe_layer(
     }
 
 
-def check_targets(adapter: Adapter, targets: Collection[str]) -> None:
-    """Raise InputError for an adapter of other layers than those looked at here."""
-    for name in adapter.layers[denoiser_name(adapter.layers)]:
-        if name not in targets:
-            raise InputError(f"The adapter adapts {name}, which is not among the adapted projections here.")
+def common_layers(adapter: Adapter, targets: Collection[str]) -> dict[str, LayerWeights]:
+    """An adapter's layers among those looked at here. Raises InputError where there is none."""
+    found = {name: layer for name, layer in adapter.layers[denoiser_name(adapter.layers)].items() if name in targets}
+    if not found:
+        raise InputError("The adapter adapts none of the layers that are looked at here: other --targets may do.")
+    return found
 
 
 def describe_adapter(adapter: Adapter, truth: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """What a trained adapter's positions reach of a true change, and how much its own change is like it."""
-    check_targets(adapter, truth)
     reached, likeness = [], []
-    for name, layer in adapter.layers[denoiser_name(adapter.layers)].items():
+    for name, layer in common_layers(adapter, truth).items():
         if isinstance(layer, GridWeights):
             reached.append(energy.share_on_grid(truth[name], layer.grid, layer.rearrangement))
         else:
             reached.append(energy.share_reached(truth[name], layer.positions, layer.rearrangement, layer.kind))
         likeness.append(_cosine(layer.delta(), truth[name]))
-    return {"reached": statistics.fmean(reached), "cosine": statistics.fmean(likeness)}
+    return {"layers": len(reached), "reached": statistics.fmean(reached), "cosine": statistics.fmean(likeness)}
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -307,8 +307,9 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if report["adapter"]:
         lines.append(
-            f"The adapter's own positions reach {report['adapter']['reached']:.3f}; the cosine of its change with the "
-            f"true one is {report['adapter']['cosine']:.2f}."
+            f"In the {report['adapter']['layers']} of these layers that the adapter adapts, its own positions reach "
+            f"{report['adapter']['reached']:.3f}; the cosine of its change with the true one is "
+            f"{report['adapter']['cosine']:.2f}."
         )
     return "\n".join(lines)
 
