@@ -7,14 +7,15 @@
 The first times a gradient of the estimate and a training step beside it, and from its prior the search for orders and
 the sampling, for presets and choices of layers. The last column is the whole set-up as a share of a default
 training run, with five photos. `--growth` goes over sizes of one layer and numbers in it instead, `--orders` over the
-layers of FLUX.2-klein: seconds (of the clock, and of all cores together) for rows and columns of a layer and of all of
-its shape, with the memory that it takes beside the prior. Its rows of 1,280 are the length of the path, relative to
-that of the search that knows all distances.
+layers of FLUX.2-klein: seconds for rows and columns of a layer and of all of its shape (of the clock, of all cores
+together, and of the clock with two layers at a time), with the memory that one takes beside the prior. Its rows of
+1,280 are the length of the path, relative to that of the search that knows all distances.
 """
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -154,22 +155,37 @@ def like_a_prior(d: int, k: int, kind: str, device: str = "cpu") -> torch.Tensor
     return prior.addmm_(left, torch.randn(count, k, generator=generator, device=device))
 
 
+ALL_LAYERS = ("all, s", "all, of cores, s", "all, two at a time, s")
+
+
 def klein_orders(device: str) -> list[dict]:
-    rows, total, total_busy = [], 0.0, 0.0
+    rows, totals = [], [0.0, 0.0, 0.0]
     for (d, k), layers in KLEIN_LAYERS.items():
         prior = like_a_prior(d, k, "many directions", device)
+
+        def search(_: int = 0, prior: torch.Tensor = prior) -> None:
+            find_rearrangement(prior, distance="cosine", signs=True, refine="2opt", generator=torch.Generator())
+
         with peak_memory(device) as peak:
             begun, busy = time.perf_counter(), time.process_time()
-            find_rearrangement(prior, distance="cosine", signs=True, refine="2opt", generator=torch.Generator())
+            search()
             seconds, busy = time.perf_counter() - begun, time.process_time() - busy
-        total, total_busy = total + seconds * layers, total_busy + busy * layers
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(2) as pool:  # as `place_from_prior` does
+            list(pool.map(search, range(4)))
+        paired = (time.perf_counter() - begun) / 4
+        all_of_them = [layers * value for value in (seconds, busy, paired)]
+        totals = [total + value for total, value in zip(totals, all_of_them, strict=True)]
         rows.append(
-            {"d": d, "k": k, "layers": layers, "one, s": seconds, "of cores, s": busy}
-            | {"all, s": seconds * layers, "all, of cores, s": busy * layers, "memory, MB": peak.bytes // 2**20}
+            {"d": d, "k": k, "layers": layers, "one, s": seconds, "memory, MB": peak.bytes // 2**20}
+            | dict(zip(ALL_LAYERS, all_of_them, strict=True))
         )
         print(rows[-1], flush=True)
-    total = {"layers": sum(KLEIN_LAYERS.values()), "all, s": total, "all, of cores, s": total_busy}
-    return [*rows, {**dict.fromkeys(rows[0]), **total}]
+    rows.append(
+        {"d": None, "k": None, "layers": sum(KLEIN_LAYERS.values()), "one, s": None, "memory, MB": None}
+        | dict(zip(ALL_LAYERS, totals, strict=True))
+    )
+    return rows
 
 
 def path_ratio(kind: str) -> float:

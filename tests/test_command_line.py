@@ -155,6 +155,7 @@ def test_weights_of_adapters() -> None:
     assert weighted("C:\\dogs") == ("C:\\dogs", 1.0)
 
 
+@pytest.mark.slow
 def test_the_module_and_the_script() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "s2ft_diffusion", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -165,6 +165,7 @@ for estimate, options in (("full", {"oversampling": 4}), ("normalized", {"seed":
 """
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter_in_a_new_process() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     here = io.StringIO()

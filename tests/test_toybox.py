@@ -87,11 +87,15 @@ def test_subjects_are_individuals_with_photos(tmp_path) -> None:
         assert len(set(subject.photo_backgrounds())) == len(subject.photo_backgrounds())
         assert len(subject.prompts()) >= 6
         assert all(UNSEEN_TOKEN in prompt for prompt in subject.prompts())
+    with pytest.raises(KeyError):
+        write_photos("nobody", tmp_path)
+
+
+@pytest.mark.slow
+def test_photos_by_the_command_line(tmp_path) -> None:
     command = [sys.executable, "-m", "s2ft_diffusion.toybox", "render", "mittens", str(tmp_path / "m")]
     assert "6 photos" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert sorted(p.suffix for p in (tmp_path / "m").iterdir()) == [".png"] * 6
-    with pytest.raises(KeyError):
-        write_photos("nobody", tmp_path)
 
 
 def test_a_subject_is_drawn_as_a_prompt_wants_it() -> None:

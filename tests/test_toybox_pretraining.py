@@ -100,6 +100,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(trained, tmp_path, monk
     assert weights(tmp_path / "bases") == weights(trained / "bases")
 
 
+@pytest.mark.slow
 def test_renders_are_the_scenes_and_are_not_made_twice(tmp_path) -> None:
     tokenizer = build_tokenizer(tmp_path / "tokenizer")
     with Renders(tmp_path, 12, 1, captions=3) as renders:
