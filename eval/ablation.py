@@ -25,6 +25,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gamma": {f"gamma {g:g}": {"gamma": g} for g in (0.5, 1.0, 1.5, 3.0, 5.0)},
     "n": {f"n {n}": {"n_frequency": n} for n in (0.005, 0.01, 0.04, 0.08)},
+    # As many in all as the default's 0.0016 of each layer's weights have on the toybox.
+    "spread": {"the same number in each layer": {"n_frequency": 171}},
     "prior": {
         "gradient": {"estimate": "gradient"},
         "normalized": {"estimate": "normalized"},
