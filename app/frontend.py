@@ -187,6 +187,12 @@ watch('choices', show);
 show();
 """
 
+# A gallery whose list was empty shows the next list's first picture large, though nobody chose it.
+CLOSE_UNCHOSEN = """() => requestAnimationFrame(() => {
+  if (document.querySelector('#use-settings').disabled)
+    document.querySelector('#history .preview [aria-label="Close"]')?.click();
+})"""
+
 # What was proposed for the words that stood there, unless others have been typed since.
 UNLESS_TYPED = "([before, after], now) => now === before ? after : now"
 

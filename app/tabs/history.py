@@ -12,6 +12,7 @@ from PIL import Image
 from ..app import NONE, user_of
 from ..engine import Settings
 from ..errors import polite
+from ..frontend import CLOSE_UNCHOSEN
 from ..history import load_png, settings_of
 from ..limits import RequestError
 from ..words import escaped
@@ -63,11 +64,11 @@ class HistoryTab:
         acting = [self.about, self.use, self.contrast, self.favour, self.remove]
         listing = {"fn": polite(self.list_history), "inputs": self.kept, "outputs": [self.gallery, self.ids]}
         renewed = {"fn": polite(self.renewed), "inputs": [self.kept, self.ids, self.chosen]}
-        renewed["outputs"] = [self.gallery, self.ids, self.chosen, *acting]
+        renewed |= {"outputs": [self.gallery, self.ids, self.chosen], "show_progress": "hidden", **PRIVATE}
         showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting}
-        self.refresh.click(**listing, api_name="list_history")
+        self.refresh.click(**listing, api_name="list_history").then(**renewed).then(**showing, **QUIET)
         for event in (self.page.selected["history"].select, self.kept.input):
-            event(**renewed, **PRIVATE, show_progress="hidden")
+            event(**renewed).then(**showing, **QUIET).then(None, None, None, js=CLOSE_UNCHOSEN, **QUIET)
         self.gallery.preview_close(lambda: NONE, None, self.chosen, **QUIET).then(**showing, **QUIET)
 
         def choose(ids: list[str], event: gr.SelectData) -> str:
@@ -89,9 +90,7 @@ class HistoryTab:
         def favour(image: str, request: gr.Request) -> None:
             self.favourite_image(image, request)
 
-        self.favour.click(polite(favour), self.chosen, None, **PRIVATE).success(**listing, **PRIVATE).then(
-            **showing, **QUIET
-        )
+        self.favour.click(polite(favour), self.chosen, None, **PRIVATE).success(**renewed).then(**showing, **QUIET)
 
         def remove(image: str, request: gr.Request) -> None:
             if image:
@@ -103,7 +102,7 @@ class HistoryTab:
             None,
             js="image => confirm('Delete this picture for good?') ? image : ''",
             **PRIVATE,
-        ).success(**renewed, **PRIVATE, show_progress="hidden")
+        ).success(**renewed).then(**showing, **QUIET)
 
     # What the buttons do
 
@@ -166,14 +165,20 @@ class HistoryTab:
         return f"{self.adapter_words(settings)} · seed {settings.seed} · {when:%d %b %H:%M}"
 
     def renewed(self, favourites: bool, ids: list[str], chosen: str, request: gr.Request) -> tuple[Any, ...]:
-        """The list anew. What is shown large stays so, or if it is gone the one in its place: that is chosen then."""
+        """The list anew. What is shown large stays so, or if it is gone the one in its place: that is chosen then.
+
+        What need not change is left alone: someone may choose, or close the large view, meanwhile.
+        """
         shown, now = self.list_history(favourites, request)
-        if chosen not in ids:  # and a choice that is made meanwhile is not taken back
-            return shown, now, gr.skip(), self.show(NONE, request)[0], *(gr.skip() for _ in range(4))
+        if chosen not in ids:
+            return shown, now, gr.skip()
+        before = ids.index(chosen)
         if not now:
-            return shown, now, NONE, *self.show(NONE, request)
-        place = now.index(chosen) if chosen in now else min(ids.index(chosen), len(now) - 1)
-        return gr.update(value=shown, selected_index=place), now, now[place], *self.show(now[place], request)
+            return shown, now, NONE
+        place = now.index(chosen) if chosen in now else min(before, len(now) - 1)
+        if (place, now[place]) == (before, chosen):
+            return shown, now, gr.skip()
+        return gr.update(value=shown, selected_index=place), now, now[place]
 
     def show(self, image: str, request: gr.Request) -> tuple[Any, ...]:
         """All settings of the chosen picture, and the buttons."""

@@ -142,6 +142,18 @@ def test_what_is_shown_large_is_what_is_chosen(page) -> None:
     page.locator("#history").get_by_text("seed 41").first.wait_for(state="detached")
     chosen.get_by_text("41", exact=True).wait_for(state="detached")
     assert large.locator("img").first.get_attribute("alt") in page.locator("#history").inner_text()
+    # one that is no favourite any more leaves the favourites
+    page.locator("#favourite").click()
+    page.locator("#favourite", has_text="No favourite").wait_for()
+    page.locator("#favourites input").check()
+    # itself alone: in the list, and below the large view
+    page.wait_for_function("document.querySelectorAll('#history .thumbnail-item').length === 2")
+    page.locator("#favourite").click()
+    page.locator("#delete-image:disabled").wait_for()
+    page.locator("#favourites input").uncheck()
+    page.locator("#history .thumbnail-item", has_text="seed 42").first.wait_for()
+    large.wait_for(state="detached")
+    pick(page, "seed 42")
     page.locator("#history").get_by_role("button", name="Close").click()
     page.locator("#delete-image:disabled").wait_for()
     assert button(page, "Use these settings").is_disabled()
