@@ -1,7 +1,7 @@
 """What the recipe learns of subjects on an embedded base: its loss on pictures of them that it was not shown.
 
     python -m benchmarks.held_out --base toybox-flow --subjects mittens dash perk --json docs/results/held-out.json \\
-        --flags "--targets all --max_train_steps 200 --train_batch_size 4 --learning_rate 4e-4"
+        --flags "--targets all --max_train_steps 200 --train_batch_size 4 --learning_rate 4e-4 --seed 0"
 
 Each subject's photos go through `train_dreambooth_s2ft.py` as a process of its own. The pictures are of scenes that no
 photo shows, under prompts that name those scenes; losses have the same noise and times before and after. Below 1 the
