@@ -40,6 +40,8 @@ test-all: lint $(AXE)
 
 test-long: $(STAMP)
 	$(PYTHON) -m tests.fuzz_adapter_file --files 1_000_000 --attach 0.1
+	$(PYTHON) -m pip install --quiet atheris
+	$(PYTHON) -m tests.long.fuzz_coverage -max_total_time=600
 	$(PYTHON) -m tests.long.killing --moments 200
 	$(PYTHON) -m tests.long.full_disk --moments 40
 	$(PYTHON) -m tests.long.processes

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import s2ft_diffusion  # noqa: F401  (gives pipelines their S2FT verbs)
 from s2ft_diffusion import toybox
+from s2ft_diffusion.text import forgive_streams
 from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, Subject, write_photos
 
 ROOT = Path(__file__).resolve().parent
@@ -33,6 +34,7 @@ TRAINING = ["--max_train_steps", "300", "--train_batch_size", "4", "--adapter_dt
 
 
 def main() -> None:
+    forgive_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subject", choices=sorted(ALL_SUBJECTS), default="widget")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "demo")
@@ -53,7 +55,7 @@ def main() -> None:
 
     grid = args.output_dir / "grid.png"
     draw_grid(subject, prompts, base, adapted).save(grid)
-    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2))
+    (args.output_dir / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
     print(f"{grid}: the photos, then the base and the adapter at the same seeds")
     print(json.dumps({key: report[key] for key in ("adapter", "adapter_bytes", "trainable", "share")}, indent=2))
 
@@ -75,7 +77,7 @@ def train(subject: Subject, output_dir: Path, flags: Sequence[str] = ()) -> dict
     ]  # fmt: skip
     print("$", " ".join(["accelerate", *command[1:]]), flush=True)
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    return json.loads((output_dir / "adapter" / "training.json").read_text())
+    return json.loads((output_dir / "adapter" / "training.json").read_text(encoding="utf-8"))
 
 
 def demo_prompts(subject: Subject) -> list[str]:

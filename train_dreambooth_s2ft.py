@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import cast_training_params
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME, collect_adapter, write_adapter
@@ -42,11 +43,10 @@ from s2ft_diffusion.dreambooth.checkpoints import (
 )
 from s2ft_diffusion.dreambooth.class_images import class_image_paths, ensure_class_images, present_class_images
 from s2ft_diffusion.dreambooth.draws import DrawStream, replayed
-from s2ft_diffusion.dreambooth.errors import Diverged, InputError, Interrupted
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images, fingerprints, load_image
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
 from s2ft_diffusion.dreambooth.memory import check_memory, run_memory
-from s2ft_diffusion.dreambooth.optimizer import make_optimizer
+from s2ft_diffusion.dreambooth.optimizer import check_schedule, make_optimizer
 from s2ft_diffusion.dreambooth.phases import PROGRESS_NAME, Phases
 from s2ft_diffusion.dreambooth.process import (
     deferred_interrupt,
@@ -59,9 +59,11 @@ from s2ft_diffusion.dreambooth.prompts import Prompts, check_prompts
 from s2ft_diffusion.dreambooth.publish import describe, open_repository, publish, usage_snippet
 from s2ft_diffusion.dreambooth.settings import ComputeSettings, EstimateSettings, PhotoSettings, Settings
 from s2ft_diffusion.dreambooth.validation import Validation
+from s2ft_diffusion.errors import Diverged, InputError, Interrupted
 from s2ft_diffusion.families import Family
 from s2ft_diffusion.families.offloading import offload_blocks
 from s2ft_diffusion.families.quantization import parameter_count
+from s2ft_diffusion.families.sharding import shard_blocks
 from s2ft_diffusion.pipelines.attach import inject_adapter
 from s2ft_diffusion.tuner.estimate import NotFiniteError
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior
@@ -84,16 +86,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     main_process = accelerator.is_main_process
     processes = accelerator.num_processes, accelerator.process_index
     layout = Layout.of(settings.length, len(photo_paths), *processes)
+    check_schedule(settings.optimizer, layout.steps)
     if resume_path is not None and (done := read_state(resume_path).step) > layout.steps:
         raise InputError(f"{resume_path} is after step {done}, the run is to have {layout.steps}.")
-    on_gpu = accelerator.device.type == "cuda"
-    if settings.dry_run or on_gpu:
-        needed = run_memory(plan, settings, weight_dtype(accelerator))
-        logger.info("The run needs %s.", needed)
-        if settings.dry_run:
-            return
-        if settings.compute.check:
-            check_memory(needed, accelerator.device, settings)
+    say_memory(settings, plan, accelerator)
+    if settings.dry_run:
+        return
     repository = open_repository(settings.output_dir, settings.hub) if settings.hub and main_process else None
     progress_file = settings.output_dir / PROGRESS_NAME if main_process else None
     phases = Phases(logger, progress_file, anew=resume_path is None)
@@ -124,16 +122,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     cached = [each.source.keep_all((False, True) if photos.random_flip else (False,)) for each in sets]
     if all(cached):
         base.put_away("vae")
-    base.bring(*plan.family.text_encoders)
-    prompts = Prompts(base, live=settings.adapter.train_text_encoder)
-    if not prompts.live:
-        for prompt in (prompt for each in sets for prompt in each.prompts):
-            prompts(prompt)
-        base.put_away(*plan.family.text_encoders)
-        if settings.validation is None:
-            base.drop(*plan.family.text_encoders)
+    prompts = read_prompts(settings, base, sets)
     if settings.compute.offload:
         offload_blocks(components[base.denoiser], accelerator.device)
+    if sharded := settings.compute.shard > 1:
+        shard_blocks(components[base.denoiser], accelerator.device)
     base.bring(base.denoiser)
 
     add_adapters(components, plan, settings.compute)
@@ -152,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trainable = [p for model in components.values() for p in model.parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(settings.optimizer, trainable, layout.images_per_step, layout.steps)
-    loss, optimizer = accelerator.prepare(loss, optimizer)
+    if sharded:  # accelerate has no plain data parallelism beside shared weights
+        loss, optimizer = DistributedDataParallel(loss, broadcast_buffers=False), accelerator.prepare(optimizer)
+    else:
+        loss, optimizer = accelerator.prepare(loss, optimizer)
     # Stepped once a step by the loop itself: a prepared scheduler would count processes.
     accelerator.register_for_checkpointing(scheduler)
     checkpoints = Checkpoints(accelerator, settings.output_dir, components, settings.checkpoints.limit)
@@ -166,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if main_process and settings.checkpoints.overwrite:  # now that nothing is in the way of new ones
         clear_checkpoints(settings.output_dir)
 
-    samples_dir = settings.output_dir / "validation"
-    validate = Validation(settings.validation, samples_dir, settings.seed, plan.resolution, base, accelerator)
+    folder = settings.output_dir / "validation"
+    validate = Validation(settings.validation, folder, settings.seed, plan.resolution, base, accelerator, sharded)
     with phases("train") as say:
         train(settings, layout, sets, loss, optimizer, scheduler, checkpoints, state, phases, validate)
         facts = training_facts(settings, layout, plan, state, optimizer.defaults["lr"], trainable, base_size)
@@ -176,7 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     path = settings.output_dir / WEIGHTS_NAME
     if main_process:  # before anything else can fail
-        write_adapter(path, collect_adapter(components, ADAPTER, describe(settings, facts)), settings.dtype)
+        try:
+            write_adapter(path, collect_adapter(components, ADAPTER, describe(settings, facts)), settings.dtype)
+        except ValueError as error:  # the last step's numbers, which no loss has seen
+            raise Diverged(f"{error} {checkpoints.last_good()}") from None
     samples = []
     if settings.validation:
         with phases("validate") as say:
@@ -206,6 +205,17 @@ def check_images(settings: Settings) -> list[Path]:
     return paths
 
 
+def say_memory(settings: Settings, plan: BasePlan, accelerator: Accelerator) -> None:
+    """Say what a run on a GPU needs; raises InputError where that is more than there is."""
+    on_gpu = accelerator.device.type == "cuda"
+    if not (settings.dry_run or on_gpu):
+        return
+    needed = run_memory(plan, settings, weight_dtype(accelerator))
+    logger.info("The run needs %s.", needed)
+    if on_gpu and settings.compute.check and not settings.dry_run:
+        check_memory(needed, accelerator.device, settings)
+
+
 def pictures(
     name: str,
     paths: list[Path],
@@ -220,6 +230,20 @@ def pictures(
     source = LatentSource(SquareImages(paths, plan.resolution, center_crop=photos.center_crop), base)
     stream = DrawStream(name, seed, len(source), plan.latent_shape, random_flip=photos.random_flip)
     return Pictures(source, stream, prompts, weight)
+
+
+def read_prompts(settings: Settings, base: Family, sets: Sequence[Pictures]) -> Prompts:
+    """What the denoiser is told, encoded once unless text encoders train; they are on the device for no longer."""
+    encoders = base.text_encoders
+    base.bring(*encoders)
+    prompts = Prompts(base, live=settings.adapter.train_text_encoder)
+    if not prompts.live:
+        for prompt in (prompt for each in sets for prompt in each.prompts):
+            prompts(prompt)
+        base.put_away(*encoders)
+        if settings.validation is None:
+            base.drop(*encoders)
+    return prompts
 
 
 def add_adapters(components: dict[str, nn.Module], plan: BasePlan, settings: ComputeSettings) -> None:

@@ -7,13 +7,17 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from s2ft_diffusion.text import forgive_streams
+
 from .arguments import parse_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    forgive_streams()
     args = parse_arguments(argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     from .server import launch  # after --help: this imports torch
 
     for number in (signal.SIGINT, signal.SIGTERM):  # a service manager's way of saying Ctrl-C

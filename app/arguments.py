@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
-from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion import toybox
+from s2ft_diffusion.dreambooth.folders import check_outside
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.families import FAMILIES
 from s2ft_diffusion.families.loading import check_offload
 from s2ft_diffusion.families.quantization import QUANTIZATIONS, check_quantization
+from s2ft_diffusion.text import as_argument, decode_arguments, decoded
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,6 +56,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check; errors end the program with one line and exit code 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    try:
+        decode_arguments(args, paths=vars(args), secrets=("auth",))
+    except InputError as error:
+        parser.error(str(error))
     for name in ("concurrency", "max_queue", "max_upload_mb"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -65,6 +72,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.concurrency > 1 and (args.quantize or args.offload):
         parser.error("--concurrency must be 1 with --quantize or --offload: the base's models are not copied")
+    own = {f"{name}/ of --outputs": args.outputs / name for name in ("adapters", "history", "trainings")}
+    base = {"--base": Path(toybox.resolve(args.base))}
+    uploads = {"adapters/ of --outputs, where visitors may delete": args.outputs / "adapters"}
+    try:
+        check_outside({f"--adapters {source}": Path(source) for source in args.adapters}, uploads)
+        check_outside(base, own)
+        check_outside({"--outputs": args.outputs}, base)
+    except InputError as error:
+        parser.error(str(error))
     args.dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if args.device == "cpu" else torch.float16
     try:
         args.outputs.mkdir(parents=True, exist_ok=True)
@@ -79,8 +95,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def read_auth(value: str) -> list[tuple[str, str]]:
     """User names and passwords from "user:password" or a file; raises ValueError for anything else."""
-    path = Path(value)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [value]
+    path = Path(as_argument(value))
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [decoded(value)]
     pairs = [tuple(line.split(":", 1)) for line in lines if line.strip()]
     if not pairs or any(len(pair) != 2 or not all(pair) for pair in pairs):
         raise ValueError("--auth wants user:password, or a file with one of those a line")

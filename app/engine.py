@@ -30,9 +30,9 @@ from PIL import Image
 from s2ft_diffusion import toybox
 from s2ft_diffusion.adapters.file import AdapterFileError
 from s2ft_diffusion.dreambooth.base import find_family
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.prompts import COMMON_WORDS, loses_subject, lost_words, read_windows, words
 from s2ft_diffusion.dreambooth.settings import BaseSettings
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.families import FAMILIES, Family, Sampling
 from s2ft_diffusion.families.loading import load_pipeline, place_pipeline
 from s2ft_diffusion.families.quantization import Quantization

@@ -187,12 +187,6 @@ watch('choices', show);
 show();
 """
 
-# A gallery whose list was empty shows the next list's first picture large, though nobody chose it.
-CLOSE_UNCHOSEN = """() => requestAnimationFrame(() => {
-  if (document.querySelector('#use-settings').disabled)
-    document.querySelector('#history .preview [aria-label="Close"]')?.click();
-})"""
-
 # What was proposed for the words that stood there, unless others have been typed since.
 UNLESS_TYPED = "([before, after], now) => now === before ? after : now"
 
@@ -213,9 +207,18 @@ show();
 # The page's state in its address, and pictures dropped on the Generate tab.
 HEAD_JS = """
 window.s2ft = {
+  revealed: 0,  // how often, for who waits for it
   reveal(selector) {  // on a narrow page what was asked for may be above or below what is seen
-    if (innerWidth <= 720)
-      setTimeout(() => document.querySelector(selector)?.scrollIntoView({block: 'nearest', behavior: 'smooth'}), 100);
+    if (innerWidth > 720) return;
+    setTimeout(() => {
+      const behavior = matchMedia('(prefers-reduced-motion: reduce)').matches ? 'instant' : 'smooth';
+      document.querySelector(selector)?.scrollIntoView({block: 'nearest', behavior});
+      this.revealed++;
+    }, 100);
+  },
+  picked: false,  // whether somebody chose the picture that stands large in the history
+  closeUnpicked() {  // a gallery that was emptied shows the next list's first picture large, whatever it is told
+    if (!this.picked) document.querySelector('#history .preview [aria-label="Close"]')?.click();
   },
   press(selector) {  // once the button's file is there
     setTimeout(() => document.querySelector(selector)?.closest('a, button')?.click(), 200);
@@ -270,7 +273,13 @@ function mend() {
   each('#sheet button:has(img):not([aria-label])', part => part.setAttribute('aria-label', 'The sheet'));
   each('svg .role-mark:not([aria-hidden])', part => part.setAttribute('aria-hidden', 'true'));
 }
-new MutationObserver(mend).observe(document, {childList: true, subtree: true});
+new MutationObserver(() => {
+  mend();
+  if (!document.querySelector('#history .thumbnail-item')) s2ft.picked = false;  // nothing is left to choose
+}).observe(document, {childList: true, subtree: true});
+addEventListener('click', event => {
+  if (event.target.closest?.('#history :is(.thumbnail-item, .preview)')) s2ft.picked = true;
+}, true);
 addEventListener('popstate', () => document.querySelector('#go-back')?.click());
 for (const name of ['dragover', 'dragleave', 'drop'])
   addEventListener(name, event => {

@@ -31,7 +31,8 @@ def base_folder(folder: Path, base: str) -> Path:
 
 def folder_name(words: str, whole: str) -> str:
     """A name that any file system takes: letters to read, and a hash that tells apart what they do not."""
-    return f"{re.sub('[^A-Za-z0-9]', '-', words)[:40]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(whole.encode("utf-8", "surrogateescape")).hexdigest()  # the same in every locale
+    return f"{re.sub('[^A-Za-z0-9]', '-', words)[:40]}-{digest[:8]}"
 
 
 class History:

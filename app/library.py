@@ -31,6 +31,7 @@ from s2ft_diffusion.adapters.file import AdapterFileError, AdapterInfo, read_ada
 from s2ft_diffusion.adapters.reading import METADATA_KEY
 from s2ft_diffusion.pipelines.attach import check_fits, check_shapes
 from s2ft_diffusion.pipelines.sources import find_adapter_file
+from s2ft_diffusion.text import printable
 
 from .limits import PROMPT_LENGTH, RequestError, text
 from .words import NAME_LENGTH, drawn, folded, shown
@@ -160,7 +161,7 @@ class Library:
 
     def _entry(self, label: str, path: Path, reason: str | None, known: dict[tuple, Entry]) -> Entry:
         name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:12]
-        label = shown(label)
+        label = shown(printable(label))
         if reason:
             return Entry(name, label, path, reason=reason)
         try:
@@ -230,7 +231,7 @@ class Library:
             "smallest": lambda e: e.bytes,
             "fewest numbers": lambda e: e.trainable,
         }
-        if sort not in keys:
+        if sort not in SORTS:  # a tuple: what was sent may be of any type
             raise RequestError(f"sort must be one of {', '.join(SORTS)}.")
         wanted = folded(words).split()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from s2ft_diffusion.dreambooth.captions import caption_path
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import load_image
+from s2ft_diffusion.errors import InputError
 
 from . import limits
 from .limits import RequestError

@@ -27,6 +27,7 @@ import psutil
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints
 from s2ft_diffusion.dreambooth.phases import PROGRESS_NAME
+from s2ft_diffusion.text import as_argument
 
 from . import limits
 from .library import plain
@@ -220,12 +221,12 @@ class TrainingQueue:
         folder = self.folder / job.id
         photos, output = folder / "photos", folder / "out"
         begun = ("--resume_from_checkpoint", "latest") if list_checkpoints(output) else ("--overwrite_output_dir",)
-        prompt = instance_prompt(job.class_name)
+        prompt = as_argument(instance_prompt(job.class_name))
         command = [
             sys.executable, str(TRAINER),
             "--pretrained_model_name_or_path", self.base,
             "--instance_dir", str(photos),
-            f"--subject={job.subject}",  # it may begin with a dash
+            f"--subject={as_argument(job.subject)}",  # it may begin with a dash
             "--instance_prompt", prompt,
             "--output_dir", str(output), *begun,
             "--max_train_steps", str(job.steps),

@@ -140,7 +140,7 @@ def main() -> None:
     print(f"a switch of adapters: {1000 * report['switch_seconds']:.1f} ms")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

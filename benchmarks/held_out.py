@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eval.protocol import Subject, toy_subject
+from eval.subjects import Subject, toy_subject
 from eval.training import Run, Session
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN

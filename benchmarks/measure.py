@@ -82,10 +82,10 @@ def report(name: str, args: argparse.Namespace, rows: Sequence[Mapping[str, Any]
         print(f"{key}: {value}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(args.json.read_text()) if args.json.exists() else []
+        known = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else []
         runs = [run for run in known if run["command"] != command]
         runs.append({"command": command, "machine": machine(args.device), "rows": rows, **facts})
-        args.json.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
+        args.json.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _without_json(arguments: list[str]) -> list[str]:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.memory --json docs/results/memory.json
 
-Batch 1, 512 pixels, bfloat16, all layers of the blocks; gigabytes are of 10^9 bytes. `--measure` on a GPU builds each
-denoiser there, with random weights, and gives PyTorch's own peak of two steps; on a CPU, a count of the tensors made:
+Batch 1, 512 pixels, bfloat16, all layers of the blocks; gigabytes are of 10^9 bytes. What several GPUs share out
+(`--shard`) is of one of them, and only estimated. `--measure` on a GPU builds each denoiser there, with random weights,
+and gives PyTorch's own peak of two steps; on a CPU, a count of the tensors made:
 
     python -m benchmarks.memory --measure --estimates docs/results/memory.json --json docs/results/memory-gpu.json
 """
@@ -71,6 +72,7 @@ class Base:
 PLAIN = ComputeSettings()
 CHECKPOINTED = ComputeSettings(gradient_checkpointing=True)
 NF4 = ComputeSettings(gradient_checkpointing=True, quantize="nf4")
+TWO, FOUR = (ComputeSettings(gradient_checkpointing=True, shard=gpus) for gpus in (2, 4))
 
 
 def _pixart_sigma() -> nn.Module:
@@ -84,6 +86,10 @@ def _sd35_medium() -> nn.Module:
     )  # fmt: skip
 
 
+def _flux_dev() -> nn.Module:
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
 BASES = {
     "sd15": Base(SHAPES["sd15"].build, "StableDiffusionPipeline", CHECKPOINTED),
     "sdxl": Base(SHAPES["sdxl"].build, "StableDiffusionXLPipeline", CHECKPOINTED),
@@ -93,7 +99,9 @@ BASES = {
     "sd35-medium": Base(_sd35_medium, "StableDiffusion3Pipeline", CHECKPOINTED, 16),
     "klein": Base(SHAPES["klein"].build, "Flux2KleinPipeline", NF4, 32),
     "z-image": Base(ZImageTransformer2DModel, "ZImagePipeline", NF4, 16),
-    "flux-dev": Base(lambda: FluxTransformer2DModel(guidance_embeds=True), "FluxPipeline", NF4, 16),
+    "flux-dev": Base(_flux_dev, "FluxPipeline", NF4, 16),
+    "flux-dev-2-gpus": Base(_flux_dev, "FluxPipeline", TWO, 16),
+    "flux-dev-4-gpus": Base(_flux_dev, "FluxPipeline", FOUR, 16),
     "qwen-image": Base(QwenImageTransformer2DModel, "QwenImagePipeline", NF4, 16),
     "flux2-dev": Base(Flux2Transformer2DModel, "Flux2Pipeline", NF4, 32),
     "sd15-small": Base(SHAPES["sd15-small"].build, "StableDiffusionPipeline", PLAIN),
@@ -202,7 +210,9 @@ def main() -> None:
     options.add_argument("--measure", action="store_true", help="measure instead of estimating")
     options.add_argument("--estimates", type=Path, help="a report to put beside what is measured")
     args = options.parse_args()
-    known = json.loads(args.estimates.read_text()) if args.estimates else []
+    if args.measure:
+        args.bases = [name for name in args.bases if BASES[name].compute.shard == 1]
+    known = json.loads(args.estimates.read_text(encoding="utf-8")) if args.estimates else []
     rows = []
     for name in args.bases:
         for method in args.methods:

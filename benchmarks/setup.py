@@ -28,6 +28,7 @@ from s2ft_diffusion.dreambooth.batches import Layout, estimate_draws
 from s2ft_diffusion.dreambooth.settings import DEFAULT_STEPS, EstimateSettings
 from s2ft_diffusion.pipelines.targets import TARGETS
 from s2ft_diffusion.tuner.config import PRESETS
+from s2ft_diffusion.tuner.delta import make_delta
 from s2ft_diffusion.tuner.long_path import short_path, sketch_rows_and_columns
 from s2ft_diffusion.tuner.prior import place_from_prior
 from s2ft_diffusion.tuner.rearrange import (
@@ -37,7 +38,6 @@ from s2ft_diffusion.tuner.rearrange import (
     pairwise_inner_products,
     two_opt,
 )
-from s2ft_diffusion.tuner.spectrum import sample_positions
 
 from .measure import CLOCKS, alternate, medians, parser, report
 from .shapes import SHAPES, build, inputs, sharing_weights
@@ -126,6 +126,7 @@ def growth(rounds: int) -> list[dict]:
         row = {"d": d, "k": k, "n": n}
         for preset in ("paper", "default"):
             config = S2FTConfig.from_preset(preset)
+            delta = make_delta((d, k), config, n)
             searching, sampling = [], []
             for _ in range(rounds):
                 begun = time.perf_counter()
@@ -133,8 +134,7 @@ def growth(rounds: int) -> list[dict]:
                 searching.append(time.perf_counter() - begun)
                 latent = found.invert(prior)
                 begun = time.perf_counter()
-                count = n // 2 if config.coefficients == "complex" else n
-                sample_positions(count, (d, k), kind=config.coefficients, sampling=config.sampling, latent=latent)
+                delta.choose(config, latent, torch.Generator().manual_seed(0), "the layer")
                 sampling.append(time.perf_counter() - begun)
             row |= {f"{preset} rearrange, s": min(searching), f"{preset} sample, s": min(sampling)}
         rows.append(row)

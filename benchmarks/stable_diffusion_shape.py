@@ -85,7 +85,7 @@ def main() -> None:
         if status:
             sys.exit(os.waitstatus_to_exitcode(status))
         shutil.rmtree(base)
-        training = json.loads((output / "training.json").read_text())
+        training = json.loads((output / "training.json").read_text(encoding="utf-8"))
         header = read_header(training["adapter"])
     report = {
         "layers": len(header.shapes["unet"]),
@@ -100,7 +100,7 @@ def main() -> None:
     }
     print(json.dumps(report, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def prepare(model: nn.Module, config: Any, args: argparse.Namespace) -> tuple[Ca
 
 def peak_resident_mb() -> float:
     """This process's peak resident memory. (`ru_maxrss` would count what its parent had when it was started.)"""
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 
 
@@ -118,7 +118,7 @@ def peak_on_cpu(method: str, arguments: list[str]) -> float:
         path = Path(folder) / "peak.json"
         command = [sys.executable, "-m", "benchmarks.train_step", *arguments, "--rounds", "1", "--peak_of", method]
         subprocess.run([*command, "--json", str(path)], check=True, stdout=subprocess.DEVNULL)
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def profiled(step: Callable[[], None], rows: int = 16) -> list[dict[str, Any]]:
@@ -161,7 +161,7 @@ def main() -> None:
         step, _ = prepare(base, methods[args.peak_of], args)
         step()
         step()
-        args.json.write_text(json.dumps(peak_resident_mb()))
+        args.json.write_text(json.dumps(peak_resident_mb()), encoding="utf-8")
         return
     if args.profile:
         step, _ = prepare(base, methods[args.profile], args)

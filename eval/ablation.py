@@ -11,9 +11,10 @@ import argparse
 from typing import Any
 
 from .methods import METHODS, Method, s2ft
-from .protocol import DEVELOPMENT, add_protocol_arguments, make_quick
+from .protocol import add_protocol_arguments, made_quick
 from .rates import STEP
 from .study import run_study
+from .subjects import DEVELOPMENT
 from .table import markdown, markdown_of_trials
 
 # Group, then what each variant changes in the default preset or its estimate.
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises InputError or EncoderError before anything is trained.
     """
     if args.quick:
-        make_quick(args, add_arguments, QUICK)
+        args = made_quick(args, add_arguments, QUICK)
     study = run_study(args, methods(args.groups), beside=DEFAULT.name)
     if study is None:
         return {}

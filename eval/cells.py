@@ -8,27 +8,26 @@ is at one.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.errors import InputError
 
 from .encoders import Encoders
-from .generation import claim, image_path, make_images, picturing, read_images, write_image
+from .generation import image_path, make_images, picturing, read_images, write_image
 from .methods import BASE, DRAWN, Method
 from .prompts import Prompt, drift_prompts
-from .protocol import Protocol, Subject, make_protocol
-from .score import encoders_for
+from .protocol import Protocol
 from .scores import add_drift, score_images, score_real
+from .subjects import Subject
 from .training import held_out_loss, train
 
 RESULT, FAILURE = "cell.json", "failure.txt"
@@ -208,15 +207,3 @@ def _side(made: Mapping[Prompt, Sequence[Image.Image]]) -> int:
 
 def _images(cell: Cell, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
     return [image for prompt in prompts for image in read_images(cell.images, prompt, seeds)]
-
-
-def open_laboratory(args: argparse.Namespace, subjects: Iterable[Subject]) -> Laboratory:
-    """The laboratory that the arguments ask for, for some subjects; its output folder is claimed for their protocol.
-
-    Raises InputError or EncoderError.
-    """
-    encoders = encoders_for(args)
-    protocol = make_protocol(args, encoders.names)
-    protocol.check_prompts(subjects)
-    claim(args.output_dir, json.loads(json.dumps(asdict(protocol))))
-    return Laboratory(protocol, encoders, args.device)

@@ -1,4 +1,4 @@
-"""`python -m eval compare`: S²FT beside full DreamBooth, LoRA, FourierFT and WaveFT, as in the paper's Table 3."""
+"""`python -m eval compare`: S²FT beside full DreamBooth, LoRA, OFT, FourierFT and WaveFT, as in the paper's Table 3."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 from .methods import METHODS
-from .plots import plot_bars, plot_losses, plot_sheet, plot_tradeoff
-from .protocol import DEVELOPMENT, add_protocol_arguments, make_quick
+from .plots import plot_bars, plot_differences, plot_losses, plot_sheet
+from .protocol import add_protocol_arguments, made_quick
 from .study import run_study
+from .subjects import DEVELOPMENT
 from .table import markdown, markdown_of_trials
 
 QUICK = {
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_protocol_arguments(parser, "outputs/compare")
     add = parser.add_argument
     add("--methods", nargs="+", choices=[m.name for m in METHODS], help="by default all")
-    add("--quick", action="store_true", help="a small version of everything, in five minutes on two CPU cores")
+    add("--quick", action="store_true", help="a small version of everything, in minutes")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises InputError or EncoderError before anything is trained.
     """
     if args.quick:
-        make_quick(args, add_arguments, QUICK)
+        args = made_quick(args, add_arguments, QUICK)
     methods = [m for m in METHODS if not args.methods or m.name in args.methods]
     study = run_study(args, methods)
     if study is None:
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return study.report
     study.write("compare", markdown(study.report, METHODS[-1].name))
     plot_bars(study.report, args.output_dir / "bars.png")
-    plot_tradeoff(study.report, args.output_dir / "tradeoff.png")
+    plot_differences(study.report, METHODS[-1].name, args.output_dir / "differences.png")
     plot_losses(study.cells, methods, args.output_dir / "losses.png")
     for subject in study.subjects:
         rows = [c for c in (*study.references, *study.cells) if c.subject == subject and c.seed == 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from s2ft_diffusion import toybox
 from s2ft_diffusion.dreambooth.base import find_family
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.settings import BaseSettings
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.families import FAMILIES, Family
 from s2ft_diffusion.families.loading import load_pipeline as pipeline_of
 from s2ft_diffusion.tuner.seeding import seeded
@@ -38,6 +39,8 @@ class Sampling:
 
 def sampling_for(base: str, steps: int | None, guidance: float | None, resolution: int | None) -> Sampling:
     """What is not given is as usual: for the embedded bases, else for the base's family. Raises InputError."""
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise InputError(f"--guidance must be a finite number of at least 0, got {guidance}.")
     usual = Sampling()
     if not toybox.is_embedded(base):
         family = find_family(BaseSettings(base))[0].sampling()

@@ -78,7 +78,7 @@ REFERENCES = (DRAWN, BASE)
 METHODS = (
     Method("full", "DreamBooth, full", "full", 1e-5),
     Method("lora", "LoRA", "lora", 1e-4),
-    Method("lora-bytes", "LoRA, equal bytes", "lora-bytes", 3e-4),
+    Method("lora-bytes", "LoRA, nearest in bytes", "lora-bytes", 3e-4),
     Method("oft", "OFT", "oft", 1e-3),
     Method("fourierft", "FourierFT", "fourierft", 1e-2),
     Method("waveft", "WaveFT", "waveft", 1e-3),

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: the table as bars, likeness against faithfulness, loss curves, and contact sheets."""
+"""Pictures of a comparison: the table as bars, differences with intervals, loss curves, and contact sheets."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .methods import REFERENCES
+from .table import difference
 
 if TYPE_CHECKING:
     from .cells import Cell
     from .methods import Method
-    from .protocol import Protocol, Subject
+    from .protocol import Protocol
+    from .subjects import Subject
 
 TITLES = {
     "dino": "DINO (higher is better)", "clip_i": "CLIP-I (higher is better)", "clip_t": "CLIP-T (higher is better)",
     "lpips": "LPIPS diversity (higher is more diverse)", "drift": "drift, LPIPS (lower is better)",
 }  # fmt: skip
 COLOURS = ("#2b303b", "#9aa0a6", "#4c566a", "#d08770", "#b48ead", "#88a36f", "#81a1c1", "#1f5fbf", "#6b4f9e", "#c0392b")
+DIFFERENCES = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "drift": "drift (lower is better)"}
+BETTER, LEVEL, WORSE = "#2e8b57", "#9aa0a6", "#c0392b"
 SHEET_COLUMNS = 8
 
 
@@ -49,33 +53,40 @@ def plot_bars(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def plot_tradeoff(found: dict[str, Any], path: Path) -> None:
-    """DINO against CLIP-T, with the trainable share as the area of the dots.
-
-    A dashed line leads from the base to what training aims at, the subject as it is drawn.
-    """
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
-    scored = [row for row in found["rows"] if row["clip_t"] and row["dino"]]  # not where all trainings failed
-    for i, row in enumerate(scored):
-        area = 40 + 25 * max(0.0, np.log10(max(row["share"] or 0, 1e-6)) + 5) ** 2
-        x, y = row["clip_t"], row["dino"]
-        colour = COLOURS[i % len(COLOURS)]
-        axes.errorbar(
-            x["mean"], y["mean"], xerr=x["stderr"] or 0, yerr=y["stderr"] or 0, color=colour, linewidth=1, zorder=1
-        )
-        share = f", {row['share']:.2%}" if row["share"] else ""
-        label = f"{row['title']}{share}"
-        axes.scatter(x["mean"], y["mean"], s=area, color=colour, alpha=0.75, zorder=2, label=label)
-    aim = [row for row in scored if row["method"] in [method.name for method in REFERENCES]]
-    if len(aim) == len(REFERENCES):
-        ends = ([row[metric]["mean"] for row in aim] for metric in ("clip_t", "dino"))
-        axes.plot(*ends, color="grey", linestyle="--", linewidth=1, zorder=0, label="from one to the other")
-    axes.margins(0.18)
-    axes.legend(fontsize=8, loc="lower left", markerscale=0.7, labelspacing=0.6)  # labels at the dots would overlap
-    axes.set_xlabel("CLIP-T: faithful to the prompt")
-    axes.set_ylabel("DINO: like the subject")
-    axes.set_title("Above and to the right is better; larger dots train more", fontsize=9)
+def plot_differences(found: dict[str, Any], own: str, path: Path) -> None:
+    """One method minus each other, a part for each score: means and 95 % intervals, to the right where it is better."""
+    titles = {row["method"]: row["title"] for row in found["rows"]}
+    known = {other: {m: difference(found["paired"], own, other, m) for m in DIFFERENCES} for other in titles}
+    known = {other: scores for other, scores in known.items() if any(scores.values())}
+    figure = Figure(figsize=(9.6, 1.5 + 0.42 * max(1, len(known))), layout="constrained")
+    for axes, (metric, title) in zip(
+        figure.subplots(1, len(DIFFERENCES), sharey=True), DIFFERENCES.items(), strict=True
+    ):
+        better = -1 if metric == "drift" else 1
+        for place, scores in enumerate(known.values()):
+            if (value := scores[metric]) is None:
+                continue
+            ends = [value[end] if value[end] is not None else value["mean"] for end in ("low", "high")]
+            worst = min(better * end for end in ends)
+            best = max(better * end for end in ends)
+            colour = BETTER if worst > 0 else WORSE if best < 0 else LEVEL
+            axes.plot(ends, [place, place], color=colour, linewidth=3, solid_capstyle="round")
+            axes.plot(value["mean"], place, "o", color=colour, markersize=8)
+        axes.axvline(0, color="black", linewidth=1)
+        axes.margins(x=0.12, y=0.25)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        if better < 0:
+            axes.invert_xaxis()
+    axes = figure.axes[0]
+    axes.set_yticks(range(len(known)), [f"minus {titles[other]}" for other in known], fontsize=9)
+    axes.invert_yaxis()
+    figure.suptitle(
+        f"{titles.get(own, own)}, beside others: to the right is better; grey where the interval has zero",
+        fontsize=10,
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.prompts import check_read, read_windows, words
 from s2ft_diffusion.dreambooth.settings import BaseSettings
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.toybox.world import BACKGROUNDS, CLASSES
 
 LIVE_CLASSES = ("cat", "dog")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,14 +14,15 @@ from accelerate import PartialState
 
 from s2ft_diffusion import AdapterFileError, toybox
 from s2ft_diffusion.dreambooth.base import find_family
-from s2ft_diffusion.dreambooth.errors import InputError
-from s2ft_diffusion.dreambooth.folders import check_apart
+from s2ft_diffusion.dreambooth.folders import check_apart, check_outside
 from s2ft_diffusion.dreambooth.images import find_images, load_image
 from s2ft_diffusion.dreambooth.settings import BaseSettings
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
+from s2ft_diffusion.text import printable
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 
-from .encoders import CLIP, DINO, LPIPS, TOYBOX, load_encoders
+from .encoders import CLIP, DINO, LPIPS, TOYBOX, Encoders, load_encoders
 from .generation import claim, generate, load_pipeline, read_images, sampling_for
 from .prompts import Prompt, check_all_read, drift_prompts, read_templates, toybox_templates
 from .scores import Scores, add_drift, contact_sheet, markdown, score_images, score_real
@@ -65,16 +67,39 @@ def check_device(device: str) -> None:
         raise InputError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def encoders_for(args: argparse.Namespace):
+OWN_FOLDERS = ("adapter", "base", "features")  # in the output folder, each written to at any depth
+
+
+def features_folder(args: argparse.Namespace) -> Path | None:
+    """Where features are kept, if the command keeps any."""
+    return (args.features or args.output_dir / "features") if hasattr(args, "features") else None
+
+
+def check_folders(args: argparse.Namespace, photos: Mapping[str, Path], own: Sequence[str]) -> None:
+    """Raise InputError where a command would write among the photos that it reads, or into a model's folder.
+
+    `photos` are folders by what a message calls them, `own` what the command makes in its output folder.
+    """
+    written = {"--output_dir": args.output_dir, "--features": features_folder(args)}
+    check_apart(photos, written)
+    named = {f"--{name}": getattr(args, name, None) for name in ("base", "dino", "clip")}
+    models = {name: Path(toybox.resolve(value)) for name, value in named.items() if value}
+    adapter = {"--adapter": Path(args.adapter) if getattr(args, "adapter", None) else None}
+    made = {f"{name}/ of --output_dir": args.output_dir / name for name in own}
+    check_outside({**photos, **models, **adapter}, made)
+    check_outside(written, models)
+
+
+def encoders_for(args: argparse.Namespace, device: str) -> Encoders:
     """The encoders that the arguments ask for."""
     toy = toybox.is_embedded(args.base)
     return load_encoders(
         args.dino or (TOYBOX if toy else DINO),
         args.clip or (TOYBOX if toy else CLIP),
         args.lpips or (TOYBOX if toy else LPIPS),
-        device=args.device,
+        device=device,
         batch_size=args.batch_size,
-        cache=args.features or args.output_dir / "features",
+        cache=features_folder(args),
     )
 
 
@@ -91,7 +116,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     check_device(args.device)
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise InputError(f"--output_dir {args.output_dir} is no folder.")
-    check_apart({"--subject_dir": args.subject_dir}, {"--output_dir": args.output_dir})
+    check_folders(args, {"--subject_dir": args.subject_dir}, OWN_FOLDERS)
     state = PartialState(cpu=args.device == "cpu")
     real = [load_image(path) for path in find_images(args.subject_dir)]
     try:
@@ -107,7 +132,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     away = drift_prompts(class_name)
     check_all_read(args.base, [*(prompt.text for prompt in prompts), *away], f"{args.token} {class_name}")
     sampling = sampling_for(args.base, args.steps, args.guidance, args.resolution)
-    encoders = encoders_for(args)
+    encoders = encoders_for(args, args.device)
     dtype = getattr(torch, args.dtype or ("float16" if args.device.startswith("cuda") else "float32"))
     pipe = load_pipeline(args.base, args.device, dtype)
     pipe.load_s2ft_weights(path)  # now, to see whether it fits
@@ -126,7 +151,7 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
     if not state.is_main_process:
         return {}
     made = {prompt: read_images(own, prompt.text, seeds) for prompt in prompts}
-    name = adapter.info.subject or path.stem
+    name = adapter.info.subject or printable(path.stem)
     rows = {
         "real photos": score_real(encoders, real, made[prompts[0]][0].width),
         name: score_images(encoders, real, made),
@@ -142,7 +167,8 @@ def run(args: argparse.Namespace) -> dict[str, Scores]:
             prompt.text: score_images(encoders, real, {prompt: images}).to_json() for prompt, images in made.items()
         },
     }  # fmt: skip
-    (args.output_dir / "scores.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+    text = printable(json.dumps(facts, indent=1, ensure_ascii=False))
+    (args.output_dir / "scores.json").write_text(text, encoding="utf-8")
     (args.output_dir / "scores.md").write_text(table + "\n", encoding="utf-8")
     contact_sheet([real, *made.values()], args.output_dir / "sheet.png")
     print(table)

@@ -24,11 +24,13 @@ from s2ft_diffusion.adapters.file import Adapter, GridWeights, LayerWeights
 from s2ft_diffusion.dreambooth.arguments import amount
 from s2ft_diffusion.dreambooth.base import find_family
 from s2ft_diffusion.dreambooth.draws import DrawStream
-from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.dreambooth.folders import check_apart
 from s2ft_diffusion.dreambooth.settings import BaseSettings, EstimateSettings
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.pipelines.attach import denoiser_name, inject_adapter
 from s2ft_diffusion.pipelines.sources import find_adapter_file, read_any_adapter
 from s2ft_diffusion.pipelines.targets import TARGETS
+from s2ft_diffusion.text import printable
 from s2ft_diffusion.toybox.captions import UNSEEN_TOKEN
 from s2ft_diffusion.tuner.config import S2FTConfig
 
@@ -37,8 +39,8 @@ from .constructions import PRIORS, Construction, constructions
 from .generation import claim
 from .plots import plot_spectrum
 from .prompts import check_all_read
-from .protocol import Subject, add_subject_arguments, find_subjects
 from .statistics import mean_and_error
+from .subjects import Subject, add_subject_arguments, find_subjects
 from .training import ADAPTER, Run, Session
 
 TRUTH_SEED, FIXED_SEED = 1_000_003, 2_000_003  # the true change shares no draw with a prior
@@ -77,9 +79,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     adapter = None
     if args.adapter:
         try:
-            adapter = read_any_adapter(
-                find_adapter_file(args.adapter), find_family(BaseSettings(args.base))[0].denoiser
-            )
+            file = find_adapter_file(args.adapter)
+            check_apart({"the folder of --adapter": file.parent}, {"--output_dir": args.output_dir})
+            adapter = read_any_adapter(file, find_family(BaseSettings(args.base))[0].denoiser)
         except OSError as error:
             raise InputError(str(error)) from None
     settings = {
@@ -112,7 +114,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     command = shlex.join(["python", "-m", "eval", *sys.argv[1:]])
     report = {"command": command, "settings": settings, "subjects": [s.name for s in subjects], **report}
     (args.output_dir / "spectrum.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (args.output_dir / "spectrum.md").write_text(markdown(report) + "\n", encoding="utf-8")
+    (args.output_dir / "spectrum.md").write_text(printable(markdown(report)) + "\n", encoding="utf-8")
     plot_spectrum(report, args.output_dir / "spectrum.png")
     print((args.output_dir / "spectrum.md").read_text(encoding="utf-8"))
     return report

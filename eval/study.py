@@ -13,13 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import find_images
+from s2ft_diffusion.errors import InputError
+from s2ft_diffusion.text import printable
 
-from .cells import Cell, Laboratory, Trial, open_laboratory
+from .cells import Cell, Laboratory, Trial
+from .generation import claim
 from .methods import REFERENCES, Method
-from .protocol import Protocol, Subject, find_subjects, work_alone
+from .protocol import Protocol, make_protocol, own_process
 from .rates import best_rate, next_rate
+from .score import encoders_for
+from .subjects import Subject, find_subjects
 from .table import summarize
 
 
@@ -36,7 +40,8 @@ class Study:
 
     def write(self, name: str, table: str) -> None:
         """`NAME.json` and `NAME.md` in the output folder; prints the table, and what failed."""
-        text = json.dumps(self.report, indent=1, ensure_ascii=False)
+        text = printable(json.dumps(self.report, indent=1, ensure_ascii=False))
+        table = printable(table)
         (self.folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         (self.folder / f"{name}.md").write_text(table + "\n", encoding="utf-8")
         print(table)
@@ -51,7 +56,7 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
     at. The report has paired differences of every two methods, or of one `beside` all others. Raises InputError or
     EncoderError before anything is trained.
     """
-    first = work_alone(args)
+    first, device = own_process(args.device)
     for name, least in (("trials", 1), ("trial_seeds", 1), ("seeds", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} must be at least {least}, got {getattr(args, name)}.")
@@ -59,7 +64,11 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
     for subject in development:
         if not subject.elsewhere and len(find_images(subject.photos)) < 2:
             raise InputError(f"{subject.photos}: a learning rate is chosen by a photo that is held out; give two.")
-    laboratory = open_laboratory(args, [*development, *subjects])
+    encoders = encoders_for(args, device)
+    protocol = make_protocol(args, encoders.names)
+    protocol.check_prompts([*development, *subjects])
+    claim(args.output_dir, json.loads(json.dumps(asdict(protocol))))  # as a file gives it back, without tuples
+    laboratory = Laboratory(protocol, encoders, device)
     references = laboratory.make_references(args.output_dir, subjects if args.seeds else [])
 
     def trials_of(method: Method, rate: float) -> list[Trial]:

@@ -135,13 +135,22 @@ def _plain(value: dict[str, float | None] | None) -> str:
     return f"{value['mean']:.3f}" + (f" ± {value['stderr']:.3f}" if value["stderr"] is not None else "")
 
 
-def _difference(paired: list[dict], a: str, b: str, metric: str) -> str:
+def difference(paired: Sequence[dict[str, Any]], a: str, b: str, metric: str) -> dict[str, float | None] | None:
+    """How much method a is above b in a metric: `mean`, and `low` and `high` or None; None where both were not run."""
     for entry in paired:
-        if entry["metric"] == metric and {entry["a"], entry["b"]} == {a, b}:
-            sign = 1 if entry["a"] == a else -1
-            if entry["low"] is None:
-                return f"{sign * entry['mean']:+.3f}"
-            low, high = sorted((sign * entry["low"], sign * entry["high"]))
-            text = f"{sign * entry['mean']:+.3f} ({low:+.3f} … {high:+.3f})"
-            return f"**{text}**" if low > 0 or high < 0 else text
-    return "–"
+        if entry["metric"] == metric and (entry["a"], entry["b"]) == (a, b):
+            return {key: entry[key] for key in ("mean", "low", "high")}
+        if entry["metric"] == metric and (entry["a"], entry["b"]) == (b, a):
+            low, high = (None if entry[key] is None else -entry[key] for key in ("high", "low"))
+            return {"mean": -entry["mean"], "low": low, "high": high}
+    return None
+
+
+def _difference(paired: Sequence[dict[str, Any]], a: str, b: str, metric: str) -> str:
+    found = difference(paired, a, b, metric)
+    if found is None:
+        return "–"
+    if found["low"] is None:
+        return f"{found['mean']:+.3f}"
+    text = f"{found['mean']:+.3f} ({found['low']:+.3f} … {found['high']:+.3f})"
+    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text

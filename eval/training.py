@@ -25,11 +25,11 @@ from s2ft_diffusion.adapters.file import collect_adapter, write_adapter
 from s2ft_diffusion.dreambooth.base import load_base, plan_base
 from s2ft_diffusion.dreambooth.batches import Layout, estimate_batches
 from s2ft_diffusion.dreambooth.draws import DrawStream
-from s2ft_diffusion.dreambooth.errors import Diverged
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images
 from s2ft_diffusion.dreambooth.loss import DiffusionLoss, LatentSource
 from s2ft_diffusion.dreambooth.prompts import Prompts
 from s2ft_diffusion.dreambooth.settings import AdapterSettings, BaseSettings, EstimateSettings
+from s2ft_diffusion.errors import Diverged
 from s2ft_diffusion.families import Family
 from s2ft_diffusion.pipelines.attach import inject_adapter
 from s2ft_diffusion.tuner.prior import estimate_prior, place_from_prior

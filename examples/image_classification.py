@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import finetuning as ft
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
-from finetuning import HeadTrainer, MethodArguments, adapt, head_names, need_columns, parse, readable, report, train
 from torchvision.transforms import v2
 from transformers import (
     AutoImageProcessor,
@@ -31,8 +31,8 @@ from transformers import (
     set_seed,
 )
 
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.process import exit_codes
+from s2ft_diffusion.errors import InputError
 
 
 @dataclass
@@ -60,7 +60,7 @@ def load_images(args: Arguments, seed: int) -> DatasetDict:
     """Splits "train" and "test" with columns "image" and "label"; raises InputError for what is missing."""
     if (args.dataset_name is None) == (args.image_folder is None):
         raise InputError("Give either --dataset_name or --image_folder.")
-    with readable(args.dataset_name or args.image_folder):
+    with ft.readable(args.dataset_name or args.image_folder):
         if args.image_folder is not None:
             data = load_dataset("imagefolder", data_dir=args.image_folder)
         else:
@@ -78,11 +78,14 @@ def choose(data: DatasetDict, args: Arguments, seed: int) -> DatasetDict:
     labels = args.label_column or next(
         (name for name, kind in features.items() if isinstance(kind, ClassLabel)), "label"
     )
-    need_columns(list(features), images, labels)
+    ft.need_columns(list(features), images, labels)
+    if images == labels:
+        raise InputError(f"--label_column {labels}: that column has the pictures.")
     if args.train_samples:
         training = drawn(training, args.train_samples, seed)
     if args.tune:
-        held_out = training.train_test_split(test_size=0.2, seed=seed)
+        with ft.readable("--tune"):
+            held_out = training.train_test_split(test_size=0.2, seed=seed)
         training, test = held_out["train"], held_out["test"]
     else:
         split = args.test_split or next((name for name in ("test", "validation") if name in data), None)
@@ -98,7 +101,8 @@ def choose(data: DatasetDict, args: Arguments, seed: int) -> DatasetDict:
         if missing:
             raise InputError(f"Image {missing[0] + 1} of the {name} split has no label.")
     if not isinstance(chosen["train"].features["label"], ClassLabel):
-        chosen = chosen.class_encode_column("label")
+        with ft.readable(f"--label_column {labels}"):
+            chosen = chosen.class_encode_column("label")
     if len(set(chosen["train"]["label"])) < 2:
         raise InputError("The training images have one class alone.")
     return chosen
@@ -111,7 +115,8 @@ def drawn(data: Dataset, count: int, seed: int) -> Dataset:
 
 def transforms(processor: BaseImageProcessor, size: int | None, *, augment: bool) -> tuple[v2.Compose, int]:
     """From a PIL picture to what the model reads, as its processor says; and the size in pixels."""
-    side = size or processor.size.get("height") or processor.size.get("shortest_edge")
+    read = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
+    side = size or read.get("height") or read.get("shortest_edge")
     random = [v2.RandomResizedCrop(side, scale=(0.5, 1.0)), v2.RandomHorizontalFlip()]
     resized = random if augment else [v2.Resize((side, side))]
     normalized = v2.Normalize(processor.image_mean, processor.image_std)
@@ -132,19 +137,23 @@ def prepare_position_embeddings(model: PreTrainedModel, side: int) -> dict[str, 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and evaluate; returns what is written to results.json."""
-    args, method, training = parse(
-        (Arguments, MethodArguments, TrainingArguments),
+    args, method, training = ft.parse(
+        (Arguments, ft.MethodArguments, TrainingArguments),
         argv,
-        n_frequency=3000, learning_rate=3e-3, num_train_epochs=100, warmup_steps=0.1, lr_scheduler_type="cosine",
+        n_frequency=3000, num_train_epochs=100, warmup_steps=0.1, lr_scheduler_type="cosine",
         per_device_train_batch_size=32, per_device_eval_batch_size=64, eval_strategy="no", save_strategy="epoch",
         logging_strategy="epoch", save_total_limit=1, ddp_broadcast_buffers=False, ddp_find_unused_parameters=False,
     )  # fmt: skip
     training.remove_unused_columns = False  # pictures become pixels as batches are made
+    ft.at_least(0, train_samples=args.train_samples, test_samples=args.test_samples)
+    ft.at_least(1, image_size=args.image_size)
     set_seed(training.seed)
     with training.main_process_first(desc="data"):
         data = load_images(args, training.seed)
+    if training.process_index == 0:
+        ft.check_pictures(data)
     names = data["train"].features["label"].names
-    with readable(args.model_name_or_path):
+    with ft.readable(args.model_name_or_path):
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
         model = AutoModelForImageClassification.from_pretrained(
             args.model_name_or_path,
@@ -156,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     plain, side = transforms(processor, args.image_size, augment=False)
     random, _ = transforms(processor, args.image_size, augment=args.augment)
     also = prepare_position_embeddings(model, side)
+    ft.check_size(model, side, also)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         pixels = torch.stack([row["pixel_values"] for row in rows])
@@ -164,22 +174,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     def measure(predictions: EvalPrediction) -> dict[str, float]:
         return {"accuracy": float((np.argmax(predictions.predictions, axis=-1) == predictions.label_ids).mean())}
 
-    heads = head_names(model)
-    trainer = HeadTrainer(
-        adapt(model, method, seed=training.seed, heads=heads),
-        training,
-        train_dataset=data["train"].with_transform(reader(random)),
-        eval_dataset=data["test"].with_transform(reader(plain)),
-        processing_class=processor,
-        data_collator=collate,
-        compute_metrics=measure,
-        heads=heads,
-        head_learning_rate=method.head_learning_rate,
-    )
-    facts = train(trainer, method)
-    facts["metrics"] = trainer.evaluate(metric_key_prefix="validation" if args.tune else "test")
-    source = args.dataset_name or args.image_folder
-    return report(trainer, {"dataset": source, "model": args.model_name_or_path, "image_size": side, **facts})
+    heads = ft.head_names(model)
+    with ft.readable("--push_to_hub" if training.push_to_hub else "The flags do not go together"):
+        trainer = ft.HeadTrainer(
+            ft.adapt(model, method, seed=training.seed, heads=heads),
+            training,
+            train_dataset=data["train"].with_transform(reader(random)),
+            eval_dataset=data["test"].with_transform(reader(plain)),
+            processing_class=processor,
+            data_collator=collate,
+            compute_metrics=measure,
+            heads=heads,
+            head_learning_rate=method.head_learning_rate,
+        )
+    facts = ft.train(trainer, method, args)
+    scored = "validation" if args.tune else "test"
+    metrics = trainer.evaluate(metric_key_prefix=scored)
+    return ft.report(trainer, {**facts, "image_size": side, f"{scored}_rows": len(data["test"]), "metrics": metrics})
 
 
 if __name__ == "__main__":

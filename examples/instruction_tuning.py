@@ -11,21 +11,20 @@ quantises the base. All flags of TRL's SFTConfig count too. Runs under `accelera
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import finetuning as ft
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from finetuning import MethodArguments, adapt, need_columns, parse, readable, report, train
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.process import exit_codes
+from s2ft_diffusion.errors import InputError
 
 ANSWERS_NAME = "answers.jsonl"
 
@@ -50,7 +49,7 @@ def load_rows(args: Arguments, seed: int) -> DatasetDict:
     """Splits "train" and "validation" as the files have them; raises InputError for what is missing."""
     if (args.dataset_name is None) == (args.train_file is None):
         raise InputError("Give either --dataset_name or --train_file.")
-    with readable(args.dataset_name or args.train_file):
+    with ft.readable(args.dataset_name or args.train_file):
         if args.dataset_name is not None:
             data = load_dataset(args.dataset_name)
         else:
@@ -59,7 +58,7 @@ def load_rows(args: Arguments, seed: int) -> DatasetDict:
     if "train" not in data:
         raise InputError(f"There is no split 'train'; there are {', '.join(data)}.")
     if "validation" not in data:
-        with readable("--validation_share"):
+        with ft.readable("--validation_share"):
             parts = data["train"].train_test_split(test_size=args.validation_share, seed=seed)
         data = DatasetDict(train=parts["train"], validation=parts["test"])
     if args.max_train_samples is not None:
@@ -72,15 +71,16 @@ def examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict
     columns = rows.column_names
     for number, row in enumerate(rows):
         if "messages" in columns:
-            messages = [{key: turn.get(key) for key in ("role", "content")} for turn in row["messages"] or []]
+            turns = row["messages"] if isinstance(row["messages"], list) else []
+            messages = [{key: turn.get(key) for key in ("role", "content")} for turn in turns if isinstance(turn, dict)]
             answers = [place for place, turn in enumerate(messages) if turn["role"] == "assistant" and place > 0]
         elif "completion" in columns:
             messages, answers = exchange(row["prompt"], row["completion"]), [1]
         else:
             question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
             messages, answers = exchange(question, row["output"]), [1]
-        if not answers or any(not turn["content"] for turn in messages):
-            raise InputError(f"Row {number + 1} has no answer, or an empty text.")
+        if not answers or any(not turn["content"] or not isinstance(turn["content"], str) for turn in messages):
+            raise InputError(f"Row {number + 1} has no answer, or something in place of a text.")
         for place in answers:
             if tokenizer.chat_template:
                 yield {"prompt": messages[:place], "completion": [messages[place]]}
@@ -102,10 +102,11 @@ def as_text(messages: Sequence[dict[str, str]]) -> str:
 
 def read_questions(path: str) -> list[dict[str, Any]]:
     """The lines of a file of questions, MT-Bench's or Vicuna's; raises InputError for one without a question."""
-    with readable(path):
+    with ft.readable(path):
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     for number, line in enumerate(lines):
-        if not (line.get("text") or line.get("turns")):
+        turns = (line.get("turns") or [line.get("text")]) if isinstance(line, dict) else None
+        if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
             raise InputError(f"{path}: line {number + 1} has neither text nor turns.")
     return lines
 
@@ -115,7 +116,7 @@ def answer(trainer: SFTTrainer, questions: list[dict[str, Any]], path: Path, max
     """Write every question's answers, turn after turn, the likeliest word each time."""
     model, tokenizer = trainer.model.eval(), trainer.processing_class
     with path.open("w", encoding="utf-8") as lines:
-        for question in tqdm(questions, desc="answers"):
+        for question in tqdm(questions, desc="answers", disable=trainer.args.disable_tqdm):
             messages: list[dict[str, str]] = []
             for turn in question.get("turns") or [question["text"]]:
                 messages.append({"role": "user", "content": turn})
@@ -135,13 +136,16 @@ def answer(trainer: SFTTrainer, questions: list[dict[str, Any]], path: Path, max
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and answer; returns what is written to results.json."""
-    args, method, training = parse(
-        (Arguments, MethodArguments, SFTConfig),
+    args, method, training = ft.parse(
+        (Arguments, ft.MethodArguments, SFTConfig),
         argv,
-        learning_rate=3e-3, num_train_epochs=1, per_device_train_batch_size=4, warmup_steps=0.06, max_length=512,
+        num_train_epochs=1, per_device_train_batch_size=4, warmup_steps=0.06, max_length=None,
         lr_scheduler_type="cosine", eval_strategy="no", save_strategy="steps", save_total_limit=1,
         ddp_broadcast_buffers=False, ddp_find_unused_parameters=False,
     )  # fmt: skip
+    ft.at_least(1, max_train_samples=args.max_train_samples, max_new_tokens=args.max_new_tokens)
+    if args.questions:
+        ft.refuse_sharded(training, "--questions")
     training.completion_only_loss = True
     set_seed(training.seed)
     questions = read_questions(args.questions) if args.questions else []
@@ -150,34 +154,39 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for split in data.values():
         wanted = {"messages": ("messages",), "completion": ("prompt", "completion")}
         kind = next((name for name in wanted if name in split.column_names), None)
-        need_columns(split.column_names, *wanted.get(kind, ("instruction", "output")))
+        ft.need_columns(split.column_names, *wanted.get(kind, ("instruction", "output")))
     if args.load_in_4bit and (method.method == "full" or not torch.cuda.is_available()):
         raise InputError("--load_in_4bit needs a GPU, and a method other than full.")
     dtype = torch.bfloat16 if training.bf16 and method.method != "full" else torch.float32
     more: dict[str, Any] = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    with readable(args.model_name_or_path):
+    with ft.readable(args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, **more)
         if args.load_in_4bit:
             more["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype, **more)
+    training.max_length = ft.choose_length(model, tokenizer, training.max_length, 512)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     with training.main_process_first(desc="examples"):
         data = DatasetDict({name: Dataset.from_list(list(examples(rows, tokenizer))) for name, rows in data.items()})
-    trainer = SFTTrainer(
-        adapt(model, method, seed=training.seed),
-        training,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        processing_class=tokenizer,
-    )
-    facts = train(trainer, method)
+    with ft.readable("--push_to_hub" if training.push_to_hub else "The flags do not go together"):
+        trainer = SFTTrainer(
+            ft.adapt(model, method, seed=training.seed),
+            training,
+            train_dataset=data["train"],
+            eval_dataset=data["validation"],
+            processing_class=tokenizer,
+        )
+    if not (len(trainer.train_dataset) and len(trainer.eval_dataset)):  # TRL drops rows that are cut before the answer
+        raise InputError(f"No answer begins within --max_length {training.max_length} tokens.")
+    facts = ft.train(trainer, method, args)
+    facts["validation_rows"] = len(trainer.eval_dataset)
     facts["metrics"] = trainer.evaluate()
-    facts["metrics"]["eval_perplexity"] = math.exp(facts["metrics"]["eval_loss"])
+    facts["metrics"]["eval_perplexity"] = torch.tensor(facts["metrics"]["eval_loss"]).exp().item()
     if questions and trainer.is_world_process_zero():
         answer(trainer, questions, Path(training.output_dir) / ANSWERS_NAME, args.max_new_tokens)
-    return report(trainer, {"dataset": args.dataset_name or args.train_file, "model": args.model_name_or_path, **facts})
+    return ft.report(trainer, facts)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,19 @@
     python examples/text_classification.py --task cola --output_dir out/cola
     python examples/text_classification.py --train_file train.csv --validation_file dev.csv --output_dir out/mine
 
-Numbers with a fraction as labels are a regression, scored by Pearson's r; else a label is a class. All flags of
-transformers' TrainingArguments count too. Runs under `accelerate launch` and `torchrun` as it is.
+Numbers as labels, some with a fraction, are a regression, scored by Pearson's r; else a label is a class. All flags
+of transformers' TrainingArguments count too. Runs under `accelerate launch` and `torchrun` as it is.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import finetuning as ft
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
-from finetuning import HeadTrainer, MethodArguments, adapt, head_names, need_columns, parse, readable, report, train
+from datasets import ClassLabel, DatasetDict, load_dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
@@ -28,8 +27,8 @@ from transformers import (
     set_seed,
 )
 
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.process import exit_codes
+from s2ft_diffusion.errors import InputError
 
 # Columns of a GLUE task's texts, and the measures that the benchmark defines for it, the first one leading.
 GLUE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -60,11 +59,13 @@ class Arguments:
     task: str | None = field(default=None, metadata={"help": f"a GLUE task: {', '.join(GLUE)}"})
     train_file: str | None = field(default=None, metadata={"help": "CSV, instead of a GLUE task"})
     validation_file: str | None = field(default=None, metadata={"help": "CSV that every epoch is scored on"})
-    test_file: str | None = field(default=None, metadata={"help": "CSV that the end is scored on"})
+    test_file: str | None = field(
+        default=None, metadata={"help": "CSV that the end is scored on; every epoch, too, without a --validation_file"}
+    )
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str = "label"
-    max_length: int = 128
+    max_length: int | None = field(default=None, metadata={"help": "tokens: 128, or what the model takes"})
     max_train_samples: int | None = None
 
 
@@ -86,7 +87,7 @@ def load_task(args: Arguments) -> Task:
         if args.task not in GLUE:
             raise InputError(f"There is no GLUE task {args.task!r}; there are {', '.join(GLUE)}.")
         columns, measures = GLUE[args.task]
-        with readable(f"GLUE's {args.task}"):
+        with ft.readable(f"GLUE's {args.task}"):
             data = load_dataset("nyu-mll/glue", args.task)
         data = DatasetDict({name: split for name, split in data.items() if not name.startswith("test")})  # no labels
         if args.task == "mnli":
@@ -97,16 +98,18 @@ def load_task(args: Arguments) -> Task:
     files = {name: path for name, path in files.items() if path is not None}
     if len(files) == 1:
         raise InputError("--validation_file or --test_file is needed to score what is trained.")
-    with readable(" and ".join(files.values())):
-        data = load_dataset("csv", data_files=files)
-    columns = tuple(name for name in (args.text_column, args.text_pair_column) if name is not None)
+    with ft.readable(" and ".join(files.values())):
+        data = load_dataset("csv", data_files=files, keep_default_na=False, na_values=[""])  # "None" may be a class
+    names = {args.text_column: "text", args.text_pair_column: "pair", args.label_column: "label"}
+    if len(names) < 3:
+        raise InputError("--text_column, --text_pair_column and --label_column must be three columns.")
+    names.pop(None, None)
     for split in data.values():
-        need_columns(split.column_names, *columns, args.label_column)
-        check_complete(split, (*columns, args.label_column))
-    data = data.select_columns([*columns, args.label_column])
-    if args.label_column != "label":
-        data = data.rename_column(args.label_column, "label")
-    if data["train"].features["label"].dtype.startswith("float"):
+        ft.need_columns(split.column_names, *names)
+        ft.check_texts(split, names)
+    data = data.select_columns(list(names)).rename_columns(names)
+    columns = tuple(name for name in names.values() if name != "label")
+    if data["train"].features["label"].dtype.startswith("float") and any(n % 1 for n in data["train"]["label"]):
         return Task(data, columns, None, ("pearson", "spearman"))
     classes = sorted(set(data["train"]["label"]))
     if len(classes) < 2:
@@ -121,23 +124,18 @@ def load_task(args: Arguments) -> Task:
     return Task(data, columns, features["label"].names, ("accuracy",))
 
 
-def check_complete(split: Dataset, columns: Sequence[str]) -> None:
-    """Raise InputError for a row without a text or a label."""
-    for column in columns:
-        for number, value in enumerate(split[column]):
-            if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
-                raise InputError(f"Row {number + 1} has no {column}.")
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train and evaluate; returns what is written to results.json."""
-    args, method, training = parse(
-        (Arguments, MethodArguments, TrainingArguments),
+    args, method, training = ft.parse(
+        (Arguments, ft.MethodArguments, TrainingArguments),
         argv,
-        learning_rate=3e-3, num_train_epochs=10, per_device_train_batch_size=32, per_device_eval_batch_size=64,
+        num_train_epochs=10, per_device_train_batch_size=32, per_device_eval_batch_size=64,
         warmup_steps=0.06, eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         ddp_broadcast_buffers=False, ddp_find_unused_parameters=False,
     )  # fmt: skip
+    ft.at_least(1, max_train_samples=args.max_train_samples)
+    if training.load_best_model_at_end and args.test_file and not args.validation_file:
+        raise InputError("--load_best_model_at_end would choose by --test_file; give a --validation_file.")
     set_seed(training.seed)
     with training.main_process_first(desc="data"):
         task = load_task(args)
@@ -145,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         count = min(args.max_train_samples, len(task.data["train"]))
         task.data["train"] = task.data["train"].shuffle(seed=training.seed).select(range(count))
     labels = {} if task.classes is None else {"id2label": dict(enumerate(task.classes))}
-    with readable(args.model_name_or_path):
+    with ft.readable(args.model_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         model = AutoModelForSequenceClassification.from_pretrained(
             args.model_name_or_path,
@@ -154,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             label2id={name: number for number, name in enumerate(task.classes or [])},
             **labels,
         )
+    args.max_length = ft.choose_length(model, tokenizer, args.max_length, 128)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -168,26 +167,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     with training.main_process_first(desc="tokens"):
         data = task.data.map(encode, batched=True)
-    heads = head_names(model)
+    heads = ft.head_names(model)
     if training.metric_for_best_model is None:
         training.metric_for_best_model, training.greater_is_better = task.measures[0], True
-    trainer = HeadTrainer(
-        adapt(model, method, seed=training.seed, heads=heads),
-        training,
-        train_dataset=data["train"],
-        eval_dataset=data.get("validation", data.get("test")),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=measure,
-        heads=heads,
-        head_learning_rate=method.head_learning_rate,
-    )
-    facts = train(trainer, method)
-    scored = [split for split in data if split != "train"]
-    facts["metrics"] = {
-        k: v for name in scored for k, v in trainer.evaluate(data[name], metric_key_prefix=name).items()
-    }
-    return report(trainer, {"task": args.task or args.train_file, "model": args.model_name_or_path, **facts})
+    with ft.readable("--push_to_hub" if training.push_to_hub else "The flags do not go together"):
+        trainer = ft.HeadTrainer(
+            ft.adapt(model, method, seed=training.seed, heads=heads),
+            training,
+            train_dataset=data["train"],
+            eval_dataset=data.get("validation", data.get("test")),
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=measure,
+            heads=heads,
+            head_learning_rate=method.head_learning_rate,
+        )
+    facts = ft.train(trainer, method, args)
+    facts["metrics"] = {}
+    for name in (split for split in data if split != "train"):
+        facts["metrics"] |= trainer.evaluate(data[name], metric_key_prefix=name)
+        facts[f"{name}_rows"] = len(data[name])
+    return ft.report(trainer, facts)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from . import toybox
     from .adapters import convert
     from .adapters.file import AdapterFileError, AdapterHeader, AdapterInfo, read_adapter, read_header, write_adapter
+    from .adapters.peft_lora import to_lora
     from .pipelines import verbs as pipeline
     from .pipelines.targets import attention_targets
     from .tuner.config import S2FTConfig
@@ -46,6 +47,7 @@ __all__ = [
     "place_from_prior",
     "read_adapter",
     "read_header",
+    "to_lora",
     "toybox",
     "write_adapter",
 ]
@@ -54,6 +56,7 @@ _HOMES = {
     "adapters.file": (
         "AdapterFileError", "AdapterHeader", "AdapterInfo", "read_adapter", "read_header", "write_adapter",
     ),
+    "adapters.peft_lora": ("to_lora",),
     "pipelines.targets": ("attention_targets",),
     "tuner.config": ("S2FTConfig",),
     "tuner.delta": ("SpectralDelta",),

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from .text import decode_arguments, forgive_streams, printable
+
 T = TypeVar("T")
 
 EXAMPLES = """examples:
@@ -116,12 +118,14 @@ def weighted(text: str) -> tuple[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it went well, 1 where `verify` found something, 2 for input that cannot work."""
+    forgive_streams()
     args = parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     warnings.simplefilter("ignore")
     from .adapters.reading import AdapterFileError
 
     try:
+        decode_arguments(args, paths=vars(args), prefix="")
         return COMMANDS[args.command](args)
     except (AdapterFileError, ValueError, TypeError, OSError) as error:
         print(f"s2ft: {_one_line(error)}", file=sys.stderr)
@@ -147,7 +151,8 @@ def _info(args: argparse.Namespace) -> int:
 
     found = describe(args.file, args.base)
     if args.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        # Where the terminal cannot show a letter, JSON has escapes of its own for it.
+        print(json.dumps(found, indent=2, ensure_ascii=(sys.stdout.encoding or "").lower() != "utf-8"))
         return 0
     info, layers = found["info"], found["layers"]
     words = {
@@ -200,7 +205,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _say(out: str, written: Any) -> None:
     low, high = written.ranks or (None, None)
     rank = "" if low is None else f", rank {low}" if low == high else f", ranks {low} to {high}"
-    line = f"{out}: {written.bytes:,} bytes{rank}, relative error {written.relative_error:.2g}"
+    line = f"{printable(out)}: {written.bytes:,} bytes{rank}, relative error {written.relative_error:.2g}"
     if written.errors is not None:
         (component, name), worst = written.errors.worst
         if worst > 1e-2:
@@ -214,7 +219,7 @@ def _merge(args: argparse.Namespace) -> int:
     from .adapters.convert import merge
 
     merge(args.base, [weighted(text) for text in args.adapters], args.out, progress=progress)
-    print(f"{args.out}: {args.base} with {', '.join(args.adapters)}")
+    print(printable(f"{args.out}: {args.base} with {', '.join(args.adapters)}"))
     return 0
 
 
@@ -241,7 +246,7 @@ def _verify(args: argparse.Namespace) -> int:
     problems = verify(args.file, args.base)
     for problem in problems:
         print(problem)
-    print(f"{args.file} {'does not fit' if problems else 'fits'} {args.base}")
+    print(printable(f"{args.file} {'does not fit' if problems else 'fits'} {args.base}"))
     return 1 if problems else 0
 
 

@@ -378,6 +378,7 @@ def test_missing_and_extra_keys(written) -> None:
         (lambda h: h.pop("shapes"), "header is damaged"),
         (lambda h: h["shapes"].update(vae={"x": [1, 1]}), "damaged"),
         (lambda h: h["shapes"]["unet"].update({"blocks.0.to_q": [24, -1]}), "damaged"),
+        (lambda h: h["shapes"]["unet"].update({"blocks.0.to_q": [24, 2**20 + 1]}), "damaged"),
         (lambda h: h["shapes"]["unet"].update({"blocks.0.to_q": [24, 18]}), "to_q"),
         (lambda h: h["config"]["unet"].update(positions="grid"), "keys are missing"),
         (lambda h: h["config"]["unet"].update(positions="anywhere"), "config of unet is damaged"),

@@ -30,7 +30,10 @@ def test_it_explains_itself(name, monkeypatch, capsys) -> None:
     ("name", "options"),
     [
         ("train_step", "--rounds 1 --preset_n 300 --no_memory --methods base FourierFT --dtype autocast"),
-        ("train_step", "--shape klein-small --rounds 1 --preset_n 300 --no_memory --dtype bfloat16 --batch 2"),
+        (
+            "train_step",
+            "--shape klein-small --rounds 1 --preset_n 300 --no_memory --dtype bfloat16 --methods S2FT_default",
+        ),
         ("train_step", "--preset_n 300 --gradient_checkpointing --profile S2FT_default"),
         ("train_step", "--preset_n 0.0016 --targets all --rounds 1 --no_memory --methods S2FT_default"),
         ("setup", "--n 300 --rounds 1"),
@@ -38,7 +41,7 @@ def test_it_explains_itself(name, monkeypatch, capsys) -> None:
         ("infer", "--n 300 --rounds 1 --dtype bfloat16 --clock cpu"),
         ("size", "--n 300"),
         ("crowd", "--n 300 --adapters 3"),
-        ("prior", "--base toybox-flow --truth_steps 1 --draws 1"),
+        ("prior", "--base toybox-flow --truth_steps 1 --draws 1 --estimates 'full .05'"),
         ("held_out", "--subjects mittens --flags '--max_train_steps 2 --n_frequency 100 --estimate gradient'"),
     ],
 )

@@ -13,9 +13,9 @@ import pytest
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter
 from s2ft_diffusion.dreambooth.checkpoints import list_checkpoints, read_state
-from s2ft_diffusion.dreambooth.errors import InputError, NotWritten
 from s2ft_diffusion.dreambooth.phases import Phases
 from s2ft_diffusion.dreambooth.process import exit_codes
+from s2ft_diffusion.errors import InputError, NotWritten
 from tests.training_process import Training, arguments, train, train_here
 
 pytestmark = pytest.mark.usefixtures("tiny_base")
@@ -90,6 +90,19 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypa
         train_here(photos, tmp_path / "out", "--max_train_steps", "9", "--checkpointing_steps", "2")
     assert read_adapter(tmp_path / "out" / "checkpoint-4" / WEIGHTS_NAME).trainable == 28 * 14 * 14
     assert not (tmp_path / "out" / WEIGHTS_NAME).exists()
+
+
+def test_a_last_step_that_is_not_finite_is_said(photos, tmp_path, monkeypatch) -> None:
+    """No loss comes after it, by which it would be noticed."""
+    train_step = recipe.train
+
+    def broken(settings, layout, sets, loss, optimizer, *more) -> None:
+        train_step(settings, layout, sets, loss, optimizer, *more)
+        optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(recipe, "train", broken)
+    with pytest.raises(recipe.Diverged, match=r"not finite in float32.*checkpoint-1"):
+        train_here(photos, tmp_path / "out", "--max_train_steps", "1", "--checkpointing_steps", "1")
 
 
 def test_a_checkpoint_that_goes_is_never_half_there(photos, tmp_path, monkeypatch) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
 
 import pytest
+from safetensors import safe_open
 
-from s2ft_diffusion import AdapterInfo
+from s2ft_diffusion import AdapterInfo, toybox
 from s2ft_diffusion.__main__ import main, weighted
-from s2ft_diffusion.adapters.file import read_adapter, write_adapter
+from s2ft_diffusion.adapters.file import WEIGHTS_NAME, read_adapter, write_adapter
 from s2ft_diffusion.adapters.lora_files import read_lora
 from tests.conftest import ROOT
 from tests.random_adapters import random_adapter, tiny_unet
@@ -130,6 +133,83 @@ def test_bad_input(capsys, file, free, tmp_path, monkeypatch, words, message) ->
     assert err.count("\n") == 1
     assert message in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_names_under_an_ascii_locale(unet, tmp_path) -> None:
+    """In a process of its own: Python decides at its start how to read arguments and how to write."""
+    for name, subject in (("Kätz", "Kätzchen"), ("plain", None)):
+        adapter = random_adapter({"unet": unet}, {"unet": NAMES}, info=AdapterInfo(subject=subject))
+        write_adapter(tmp_path / f"{name}.safetensors", adapter)
+    latin = os.fsencode(tmp_path) + b"/caf\xe9.safetensors"
+    shutil.copy(tmp_path / "plain.safetensors", latin)
+    code = (
+        "import sys, os; from s2ft_diffusion.__main__ import main\n"
+        "def run(*words):\n    print('code', main(words), flush=True)\n"
+        "file, plain, latin, out = sys.argv[1:]\n"
+        "run('info', file); run('info', file, '--json'); run('info', latin)\n"
+        "run('convert', file, out, '--to', 'kohya'); run('convert', plain, out, '--to', 'kohya')\n"
+        "from s2ft_diffusion import read_header\n"
+        "try: read_header(latin)\n"
+        "except ValueError as error: print(error)\n"
+    )
+    out = tmp_path / "Kätzlein.safetensors"
+    words = [tmp_path / "Kätz.safetensors", tmp_path / "plain.safetensors", latin, out]
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert [line for line in done.stdout.splitlines() if line.startswith("code")] == [
+        "code 0", "code 0", "code 2", "code 0", "code 0"
+    ], done.stderr  # fmt: skip
+    assert r"subject      K\xe4tzchen" in done.stdout
+    assert r'"subject": "K\u00e4tzchen"' in done.stdout
+    assert r"K\xe4tzlein.safetensors: " in done.stdout
+    assert r"caf\xe9.safetensors is not UTF-8; write it so, or rename it." in done.stderr
+    assert r"caf\xe9.safetensors: its name, or a folder's, is not UTF-8; rename it." in done.stdout
+    assert done.stderr.count("\n") == 1
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata()["ss_output_name"] == "Kätzlein"
+
+
+def test_nothing_is_written_over_what_is_read(capsys, file, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "dog")
+    (tmp_path / "cat-link.safetensors").symlink_to(file)
+    stored = tmp_path / "dog" / WEIGHTS_NAME
+    stored.write_bytes(file.read_bytes())
+    assert run(capsys, "convert", file, "lora.safetensors", "--to", "lora")[0] == 0
+    assert run(capsys, "convert", file, "peft", "--to", "peft")[0] == 0
+    base = shutil.copytree(toybox.base_path(), tmp_path / "base")
+    spellings = [file, "cat.safetensors", "./cat.safetensors", "dog/../cat.safetensors", "cat-link.safetensors"]
+    commands = [["convert", file, same, "--to", "lora"] for same in spellings]
+    commands += [["convert", same, file, "--to", "s2ft"] for same in spellings]
+    commands += [
+        ["convert", "dog", "dog", "--to", "peft"],
+        ["convert", "dog", "link/" + WEIGHTS_NAME, "--to", "s2ft"],
+        ["convert", "peft/adapter_model.safetensors", "peft", "--to", "peft"],
+        ["add", "dog", f"{file}:0.5", "dog/../cat.safetensors"],
+        ["add", "peft", file, "peft", "--to", "peft"],
+        ["add", "dog", "peft", "peft/adapter_model.safetensors"],
+        ["extract", "lora.safetensors", "./lora.safetensors"],
+        ["extract", "peft", "peft/adapter_model.safetensors"],
+        ["convert", file, "base/unet/new.safetensors", "--to", "lora", "--base", base],
+        ["merge", base, file, base], ["merge", base, file, "base/unet"], ["merge", base, file, "base/new"],
+        ["merge", base, file, file], ["merge", base, "dog", "link"],
+    ]  # fmt: skip
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for words in commands:
+        code, out, err = run(capsys, *words)
+        assert (code, out, err.count("\n")) == (2, "", 1), words
+        assert any(said in err for said in ("would be written over", "lies in the base", "exists already")), err
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(capsys, "convert", "dog", "dog/lora.safetensors", "--to", "lora")[0] == 0  # beside it
 
 
 @pytest.mark.parametrize(

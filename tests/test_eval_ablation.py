@@ -10,12 +10,13 @@ pytest.importorskip("open_clip")
 
 from eval import ablation, spectrum
 from eval.__main__ import main
+from tests import two_evaluations
 from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
-def few_held_out_draws(monkeypatch) -> None:
-    monkeypatch.setattr("eval.training.HELD_OUT_DRAWS", 8)
+def few_draws(monkeypatch) -> None:
+    two_evaluations.few_draws(monkeypatch.setattr)
 
 
 def test_every_variant_of_the_ablation_is_one_of_its_own() -> None:

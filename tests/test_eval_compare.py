@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,29 +16,42 @@ pytest.importorskip("open_clip")
 
 from eval import cells, compare
 from eval.__main__ import main
-from eval.plots import plot_tradeoff
-from eval.protocol import make_quick
+from eval.plots import plot_differences
+from eval.protocol import made_quick, own_process
+from eval.table import difference
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.toybox.subjects import write_photos
+from tests import two_evaluations
 from tests.training_process import TORCHRUN
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_method_whose_trainings_all_failed_is_not_plotted(tmp_path) -> None:
-    score = {"mean": 0.5, "stderr": 0.1}
-    rows = [
-        {"method": "lora", "title": "LoRA", "share": 0.01, "dino": score, "clip_t": score},
-        {"method": "fourierft", "title": "FourierFT", "share": None, "dino": None, "clip_t": None},
+    rows = [{"method": name, "title": name} for name in ("lora", "fourierft", "s2ft-default")]
+    paired = [
+        {"a": "lora", "b": "s2ft-default", "metric": metric, "mean": 0.1, "low": low, "high": 0.2}
+        for metric, low in (("dino", 0.05), ("clip_i", None), ("drift", -0.1))
     ]
-    plot_tradeoff({"rows": rows}, tmp_path / "plot.png")
+    plot_differences({"rows": rows, "paired": paired}, "s2ft-default", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert difference(paired, "s2ft-default", "lora", "dino") == {"mean": -0.1, "low": -0.2, "high": -0.05}
+    assert difference(paired, "s2ft-default", "fourierft", "dino") is None
+
+
+def test_ranks_that_are_no_numbers(monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "")
+    assert own_process("cpu") == (True, "cpu")
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(InputError, match="RANK must be a whole number, got 'first'"):
+        own_process("cpu")
 
 
 def test_quick_leaves_what_one_says() -> None:
     parser = argparse.ArgumentParser()
     compare.add_arguments(parser)
     args = parser.parse_args(["--quick", "--subjects", "dash", "--seeds", "3"])
-    make_quick(args, compare.add_arguments, compare.QUICK)
+    args = made_quick(args, compare.add_arguments, compare.QUICK)
     assert (args.subjects, args.seeds, args.steps) == (["dash"], 3, 60)
 
 
@@ -52,9 +64,9 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_held_out_draws() -> Iterator[None]:
+def few_draws() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.training.HELD_OUT_DRAWS", 8)
+        two_evaluations.few_draws(patch.setattr)
         yield
 
 
@@ -90,7 +102,7 @@ def test_compare_writes_what_it_promises(compared) -> None:
     assert f"| {held_out:.3f} | {found['rows'][3]['trainable']:,} |" in table
     assert "1 subjects, 1 seed each; held out" in table
     assert "toybox (unweighted" in table
-    for name in ("bars", "tradeoff", "losses", "sheet-mittens"):
+    for name in ("bars", "differences", "losses", "sheet-mittens"):
         with Image.open(compared / f"{name}.png") as image:
             assert min(image.size) > 200
     kept = compared / "cells" / "s2ft-default"
@@ -151,9 +163,8 @@ def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     method = ["--methods", "s2ft-default", "--subjects", "mittens", "salty"]
-    command = [sys.executable, "-m", "eval", *arguments(alone, *method)]
-    subprocess.run(command, check=True, env=environment, cwd=ROOT)
-    command = [*TORCHRUN, "tests/two_evaluations.py"]
+    assert main(arguments(alone, *method)) == 0
+    command = [*TORCHRUN, "-m", "tests.two_evaluations"]
     subprocess.run([*command, str(tmp_path), *arguments(shared, *method)], check=True, env=environment, cwd=ROOT)
     found, scores = [], []
     for folder in (alone, shared):

@@ -14,9 +14,9 @@ pytest.importorskip("open_clip")
 
 from eval import methods
 from eval.methods import LORA_NUMBERS, METHODS, lora_rank, numbers, peft_config, s2ft
-from eval.protocol import Subject, find_subjects
+from eval.subjects import Subject, find_subjects
 from eval.training import Run, Session, held_out_loss, peak_memory, train
-from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.pipelines.targets import attention_targets
 from s2ft_diffusion.toybox.subjects import SUBJECTS, write_photos
 from s2ft_diffusion.toybox.world import BACKGROUNDS

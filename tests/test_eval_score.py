@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ from eval.__main__ import main
 from eval.generation import image_path
 from eval.prompts import Prompt, check_all_read, read_classes, read_templates
 from eval.scores import Scores, contact_sheet, markdown
+from s2ft_diffusion import toybox
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
-from s2ft_diffusion.dreambooth.errors import InputError
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.toybox.subjects import write_photos
 from tests.training_process import TORCHRUN
 
@@ -138,9 +139,8 @@ def test_two_processes_give_the_numbers_of_one(tmp_path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     options = arguments(tmp_path)
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    command = [sys.executable, "-m", "eval", *options, "--output_dir", str(alone)]
-    subprocess.run(command, check=True, env=environment, cwd=ROOT)
-    command = [*TORCHRUN, "tests/two_evaluations.py"]
+    assert main([*options, "--output_dir", str(alone)]) == 0
+    command = [*TORCHRUN, "-m", "tests.two_evaluations"]
     command += [str(tmp_path), *options, "--output_dir", str(shared)]
     subprocess.run(command, check=True, env=environment, cwd=ROOT)
     assert (shared / "scores.json").read_text() == (alone / "scores.json").read_text()
@@ -157,6 +157,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path) -> None:
         (["--prompts", "/no/such/prompts"], "cannot be read"),
         (["--images_per_prompt", "0"], "at least 1"),
         (["--steps", "0"], "at least 1"),
+        (["--guidance", "nan"], "finite number"),
         (["--resolution", "65"], "multiple of 8"),
         (["--device", "cuda:77"], "--device cuda:77"),
         (["--dino", "no-such/vit"], "--dino"),
@@ -169,6 +170,61 @@ def test_refuses_what_cannot_work(tmp_path, capsys, change, said, monkeypatch) -
     assert main([*arguments(tmp_path), *change, *encoders]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_arguments_under_an_ascii_locale(tmp_path, capsys, monkeypatch) -> None:
+    """Python then has the bytes of other letters as half surrogates: text is text again, a path stays as it is."""
+    ran = []
+    monkeypatch.setattr("eval.score.run", ran.append)
+    name, latin = "K\udcc3\udca4tzchen", "caf\udce9"
+    options = [*arguments(tmp_path), "--class_name", name, "--token", name, "--adapter", name, "--features", name]
+    assert main(options) == 0
+    (args,) = ran
+    assert (args.class_name, args.token, args.adapter, str(args.features)) == ("Kätzchen", "Kätzchen", name, name)
+    for flag in ("--class_name", "--subject_dir", "--output_dir", "--base"):
+        assert main([*options, flag, latin]) == 2
+        assert capsys.readouterr().err == f"eval score: {flag}: caf\\xe9 is not UTF-8; write it so, or rename it.\n"
+    assert main(["compare", "--subjects", "perk", latin]) == 2
+    assert "--subjects: caf\\xe9 is not UTF-8" in capsys.readouterr().err
+
+
+def test_nothing_is_written_over_what_is_read(tmp_path, capsys) -> None:
+    options = arguments(tmp_path)
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (tmp_path / "link").symlink_to(photos)
+    base = tmp_path / "base"
+    shutil.copytree(toybox.base_path(), base)
+    before = sorted(tmp_path.rglob("*"))
+    changes = {
+        "--output_dir and --subject_dir are one folder": ["--output_dir", tmp_path / "link"],
+        "--features and --subject_dir are one folder": ["--features", tmp_path / "link" / "x" / ".."],
+        "--subject_dir lies in features/ of --output_dir": ["--subject_dir", out / "features" / "dog"],
+        "--subject_dir lies in adapter/ of --output_dir": ["--subject_dir", out / "adapter" / "dog"],
+        "--adapter lies in adapter/ of --output_dir": ["--adapter", out / "adapter" / "dog.safetensors"],
+        "--output_dir lies in --base": ["--base", base, "--output_dir", base / "unet"],
+        "--features lies in --base": ["--base", base, "--features", base],
+        "--base lies in base/ of --output_dir": ["--base", base, "--output_dir", tmp_path],
+    }
+    for said, change in changes.items():
+        assert main([*options, *map(str, change)]) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
+    study = ["--subjects_dir", str(tmp_path), "--prompts", str(tmp_path / "classes.txt"), "--device", "cpu"]
+    (tmp_path / "classes.txt").write_text("Classes\n\nsubject_name,class\nphotos,robot\ncells,dog\n\nPrompts\n")
+    (tmp_path / "cells").mkdir()
+    for command in ("compare", "ablation"):
+        assert main([command, *study, "--features", str(tmp_path / "link")]) == 2
+        assert "--features and the photos of photos are one folder" in capsys.readouterr().err
+        assert main([command, *study, "--output_dir", str(tmp_path)]) == 2
+        assert "the photos of cells lies in cells/ of --output_dir" in capsys.readouterr().err
+        assert main([command, "--base", str(base), "--output_dir", str(base), "--device", "cpu"]) == 2
+        assert "--output_dir lies in --base" in capsys.readouterr().err
+    shutil.copy(ADAPTER, tmp_path / "mittens.safetensors")  # what the change of that subject would be kept as
+    assert main(["spectrum", "--adapter", str(tmp_path / "mittens.safetensors"), "--output_dir", str(tmp_path)]) == 2
+    assert "--output_dir and the folder of --adapter are one folder" in capsys.readouterr().err
+    assert sorted(path for path in before if path.exists()) == before
+    assert "settings.json" not in [path.name for path in tmp_path.iterdir()]
 
 
 def test_prompts_whose_end_is_not_read(tmp_path, capsys, caplog) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig
 
 from s2ft_diffusion import S2FTLayer
-from tests.conftest import add, generate
+from tests.conftest import add, generate, same_state, state
 
 
 def layers(pipe) -> list[S2FTLayer]:
@@ -119,3 +121,32 @@ def test_unloading_leaves_what_is_fused(pipe, folder) -> None:
     pipe.unload_s2ft_weights()
     assert not layers(pipe)
     torch.testing.assert_close(generate(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base_inside", [True, False])
+@pytest.mark.parametrize("verbs_inside", [True, False])
+def test_inference_mode_around_the_base_or_the_verbs(pipe, folder, base_inside, verbs_inside) -> None:
+    """A model has its own verbs as well; its weights are ordinary afterwards if they were."""
+    path, expected = folder
+    with torch.inference_mode(base_inside):
+        pipe.unet = copy.deepcopy(pipe.unet)
+    before = state(pipe)
+    pipe.load_s2ft_weights(path)
+    with torch.inference_mode(verbs_inside):
+        for layer in layers(pipe):
+            layer.merge()
+    if not base_inside:
+        assert not any(parameter.is_inference() for parameter in pipe.unet.parameters())
+    torch.testing.assert_close(generate(pipe), expected, rtol=1e-4, atol=1e-4)
+    with torch.inference_mode(verbs_inside):
+        for layer in layers(pipe):
+            layer.unmerge()
+    assert torch.equal(generate(pipe), expected)
+    with torch.no_grad():
+        layers(pipe)[-1].s2ft_delta["s2ft_0"].coefficients[0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        pipe.fuse_s2ft(safe_fusing=True)
+    pipe.fuse_s2ft()
+    pipe.delete_adapters("s2ft_0")
+    assert same_state(pipe, before)
+    generate(pipe)

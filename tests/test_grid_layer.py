@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from s2ft_diffusion import S2FTConfig, S2FTLayer
+from s2ft_diffusion.tuner import delta as delta_module
+from s2ft_diffusion.tuner.delta import _SHARED
 from tests.random_adapters import arranged
 
 LAYERS = {
@@ -108,7 +110,7 @@ def test_conversion_by_peft() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """The most elements that any new tensor has."""
+    """The most elements that any new tensor has; a view is none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,26 +118,158 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        there = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
         for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in there:
                 self.elements = max(self.elements, value.numel())
         return result
 
 
+WIDE_LAYERS = {
+    "linear": (lambda: nn.Linear(80, 96), (3, 80)),
+    "Conv1D": (lambda: Conv1D(96, 80), (3, 80)),
+    "1d": (lambda: nn.Conv1d(64, 96, 3, padding=1), (1, 64, 4)),
+    "2d": (lambda: nn.Conv2d(32, 96, 3, padding=1), (1, 32, 3, 3)),
+    "3d": (lambda: nn.Conv3d(16, 96, 2), (1, 16, 3, 3, 3)),
+}
+
+
 @pytest.mark.parametrize("oversampling", [1, 4])
-def test_nothing_dense_is_made_in_training(oversampling) -> None:
-    d, k, tokens = 96, 80, 3
+@pytest.mark.parametrize("name", WIDE_LAYERS)
+def test_nothing_dense_is_made(name, oversampling) -> None:
+    make, shape = WIDE_LAYERS[name]
     config = S2FTConfig(target_modules=["0"], n_frequency=64, oversampling=oversampling)
-    model = get_peft_model(nn.Sequential(nn.Linear(k, d)), config)
-    x = torch.randn(tokens, k, requires_grad=True)
-    model(x)  # the fixed matrices are made here: thin as well
-    # nn.Linear's own weight is frozen; its transposed view is no new tensor of ours
+    model = get_peft_model(nn.Sequential(make()), config)
     layer = model.base_model.model[0]
+    d, k = layer.s2ft_delta["default"].shape
+    x = torch.randn(shape, requires_grad=True)
+    layer(x)  # the fixed matrices are made here: thin as well
     with _Largest() as largest:
-        factors = layer.s2ft_delta["default"](1.0, torch.float32)
-        layer._multiply_thin(x, factors).square().sum().backward()
-    assert largest.elements <= 16 * max(d, k)  # thin, with at most 16 functions on a side
+        layer(x).sum().backward()
+        with torch.no_grad():
+            layer(x)
+    assert layer.s2ft_delta["default"].coefficients.grad.any()
+    assert 0 < largest.elements <= 16 * max(d, k)  # thin, with at most 16 functions on a side
     assert largest.elements < d * k / 4
+
+
+def test_many_groups_take_no_more_than_the_dense_change() -> None:
+    """The filters, copied for each of 32 groups, would be 10,368 numbers: nine times the change."""
+    layer = nn.Sequential(nn.Conv2d(64, 64, 3, groups=32, padding=1))
+    model = get_peft_model(layer, S2FTConfig(target_modules=["0"], n_frequency=500, init_weights=False))
+    x = torch.randn(1, 64, 3, 3)
+    model(x)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        weight = layer.base_layer.weight + layer.get_delta_weight("default")
+        wanted = layer.base_layer._conv_forward(x, weight, layer.base_layer.bias)
+        torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+    with _Largest() as largest:
+        model(x).sum().backward()
+    assert largest.elements <= 64 * 18
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[torch.Tensor]:
+    """Every matrix of functions that is made from now on."""
+    matrices: list[torch.Tensor] = []
+    make = delta_module.row_matrix
+
+    def watched(*args, **kwargs) -> torch.Tensor:
+        matrices.append(make(*args, **kwargs))
+        return matrices[-1]
+
+    monkeypatch.setattr(delta_module, "row_matrix", watched)
+    return matrices
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("options", [{}, {"oversampling": 3}, {"positions": "free"}])
+def test_a_buffer_changed_in_place_counts(options, inference) -> None:
+    """As plain DDP changes them, whose processes all take the first one's."""
+    model, layer, x = adapted("linear", **options)
+    delta = layer.s2ft_delta["default"]
+    names = [*delta.integer_bounds, "row_sign", "column_sign"]
+    for name in names:
+        before = model(x)
+        with torch.inference_mode(inference):
+            buffer = getattr(delta, name)
+            buffer.copy_(buffer.flip(0) if name in delta.integer_bounds else -buffer)
+        found = model(x)
+        assert not torch.allclose(found, before), name
+        delta.forget()
+        assert torch.equal(model(x), found), name
+
+
+def test_moving_makes_nothing_again(made) -> None:
+    model, layer, x = adapted("linear", oversampling=3)
+    expected = model(x).detach()  # whose graph would keep the matrices
+    made.clear()
+    for move in (lambda: model.to("cpu"), model.float, lambda: model._apply(torch.clone), model.eval):
+        move()  # a clone is what another device's memory is: other buffers
+        assert torch.equal(model(x), expected)
+    assert not made
+    held = layer.s2ft_delta["default"]._known()
+    layer.s2ft_delta["default"].coefficients.data.mul_(2)
+    assert layer.s2ft_delta["default"]._known() is held
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_from_what_is_there(made, dtype) -> None:
+    """As under autocast, or in an int8 base, whose layers compute in another type than their weight's."""
+    model, layer, x = adapted("linear")
+    delta = layer.s2ft_delta["default"]
+    model(x)
+    made.clear()
+    with torch.autocast("cpu", dtype):
+        model(x)
+    assert not made
+    held = delta._known()
+    assert held[0].dtype == dtype
+    delta.forget()
+    _SHARED.clear()
+    delta.prepare(dtype, x.device)
+    assert made
+    assert all(torch.equal(a, b) for a, b in zip(held[:2], delta._known()[:2], strict=True))
+
+
+def test_a_graph_in_autocast_computes_no_functions() -> None:
+    model, layer, x = adapted("linear")
+    layer.prepare()
+    targets: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph.forward
+
+    torch.compiler.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(model, fullgraph=True, backend=backend)(x)
+        assert torch.equal(found, model(x))
+    assert len(targets) < 20
+    assert not any("cos" in target for target in targets)
+
+
+def half_precision(scale: float = 0.0) -> tuple[nn.Module, S2FTLayer]:
+    torch.manual_seed(0)
+    base = nn.Linear(4096, 64).half()
+    base.weight.data.mul_(1e-3)
+    model = get_peft_model(nn.Sequential(base), S2FTConfig(target_modules=["0"], n_frequency=64))
+    model.base_model.model[0].s2ft_delta["default"].coefficients.data.fill_(scale)
+    return model, model.base_model.model[0]
+
+
+def test_a_large_input_in_float16_is_finite() -> None:
+    """A constant of 1,200 times the first of 4,096 columns' functions is 76,800: times zero, it would be NaN."""
+    model, layer = half_precision()
+    x = torch.full((1, 4096), 1200.0).half()
+    assert torch.equal(model(x), layer.base_layer(x))
+    for coefficient in (1e-3, 3e4):  # the second, times what the functions are divided by, would be infinite
+        model, layer = half_precision(coefficient)
+        x = torch.full((1, 4096), 1.2 / coefficient).half()
+        change = layer.get_delta_weight("default")
+        wanted = (layer.base_layer(x).float() + x.float() @ change.T).detach()
+        torch.testing.assert_close(model(x).float(), wanted, rtol=5e-3, atol=5e-3 * wanted.abs().max().item())
 
 
 def test_the_fixed_matrices_are_made_once_shared_and_let_go() -> None:
@@ -144,17 +278,17 @@ def test_the_fixed_matrices_are_made_once_shared_and_let_go() -> None:
     x = torch.randn(2, 12)
     model(x)
     first, second = (model.base_model.model[i].s2ft_delta["default"] for i in (0, 1))
-    made = first._fixed
-    assert made[0] is second._fixed[0]  # without a prior both have the same functions
+    made = first._known()
+    assert made[0] is second._known()[0]  # without a prior both have the same functions
     model(x)
-    assert first._fixed is made
+    assert first._known() is made
     model.half()
-    assert first._fixed[0].dtype == torch.float16
+    assert first._known()[0].dtype == torch.float16
     model.float()  # made again, not what half precision has left of them
-    assert torch.equal(first._fixed[0], made[0])
+    assert torch.equal(first._known()[0], made[0])
     model.add_adapter("other", S2FTConfig(target_modules=["0", "1"], n_frequency=20))
     model.set_adapter("other")
-    assert first._fixed is None
+    assert first._known() is None
 
 
 def test_made_in_inference_mode_and_trained_outside() -> None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 import weakref
 
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, ControlNetModel, MotionAdapter, StableDiffusionPipeline
+from diffusers import (
+    AnimateDiffPipeline,
+    ControlNetModel,
+    MotionAdapter,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils.peft_utils import scale_lora_layers
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import CLIPTextModel
 
-from s2ft_diffusion import S2FTLayer
+from s2ft_diffusion import S2FTConfig, S2FTLayer, attention_targets
 from tests.conftest import add, copy_of, generate, same_state, second_folder, state
 
 
@@ -48,6 +60,49 @@ def test_the_adapter_loaded_last_is_what_images_show(pipe, folder, lora, lora_fi
     assert pipe.get_active_adapters() == (["dog"] if lora_first else ["style"])
 
 
+@pytest.mark.parametrize("of_the_pipeline", [True, False])
+def test_a_lora_loaded_into_a_model_alone(pipe, folder, lora, of_the_pipeline) -> None:
+    pipe.load_s2ft_weights(folder[0], adapter_name="dog")
+    if of_the_pipeline:
+        pipe.load_lora_into_unet(pipe.lora_state_dict(lora[0])[0], None, pipe.unet, adapter_name="style")
+    else:
+        pipe.unet.load_lora_adapter(lora[0] / "pytorch_lora_weights.safetensors", prefix="unet", adapter_name="style")
+    close(generate(pipe), lora[1])
+    assert pipe.get_active_adapters() == ["style"]
+
+
+def test_a_lora_loaded_into_a_text_encoder_alone(pipe) -> None:
+    config = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    pipe.text_encoder.add_adapter(config, "style")
+    loaded = {"adapter_state_dict": get_peft_model_state_dict(pipe.text_encoder, adapter_name="style")}
+    expected = generate(pipe)
+    pipe.unload_lora_weights()
+    add(pipe, "dog", text=True)
+    pipe.unet.delete_adapters("dog")
+    pipe.text_encoder.load_adapter(**loaded, peft_config=config, adapter_name="style")
+    close(generate(pipe), expected)
+    assert pipe.get_active_adapters() == ["style"]
+
+
+def test_models_may_differ_in_what_is_active(pipe, folder, lora, tmp_path) -> None:
+    other = copy_of(pipe)
+    add(other, "words", text=True)
+    other.unet.delete_adapters("words")
+    other.save_s2ft_weights(tmp_path / "words")
+    other.unload_s2ft_weights()
+    pipe.load_s2ft_weights(folder[0], adapter_name="dog")
+    pipe.load_s2ft_weights(tmp_path / "words", adapter_name="words")
+    assert pipe.get_active_adapters() == ["words"]
+    pipe.unet.load_lora_adapter(lora[0] / "pytorch_lora_weights.safetensors", prefix="unet", adapter_name="style")
+    assert pipe.get_active_adapters() == ["style", "words"]
+    pipe.unet.unload_lora()
+    assert pipe.get_active_adapters() == ["dog", "words"]
+    pipe.delete_adapters("dog")
+    assert pipe.get_active_adapters() == ["words"]
+    pipe.unload_s2ft_weights()
+    assert pipe.get_active_adapters() == []
+
+
 def test_loading_switches_adapters_on(pipe, folder, tmp_path) -> None:
     path, expected = folder
     pipe.load_s2ft_weights(second_folder(copy_of(pipe), tmp_path))
@@ -66,6 +121,9 @@ def test_what_was_loaded_stays_frozen(pipe, folder, tmp_path, verb) -> None:
     assert not any("s2ft_0" in name for name in trainable)
     pipe.set_adapters("trained")
     assert {p.requires_grad for n, p in pipe.unet.named_parameters() if "trained.coefficients" in n} == {True}
+    pipe.unet.peft_config["s2ft_0"].inference_mode = False  # as the documentation says
+    pipe.set_adapters("s2ft_0")
+    assert {p.requires_grad for n, p in pipe.unet.named_parameters() if "s2ft_0.coefficients" in n} == {True}
 
 
 # Tensors of inference mode -------------------------------------------------------------------------------------------
@@ -186,6 +244,41 @@ def test_deleting_the_active_adapter_makes_one_active_on_all_layers(pipe, folder
     close(generate(pipe), folder[1])
 
 
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("lora_first", [True, False])
+@pytest.mark.parametrize("removed", ["S2FT", "LoRAs", "the model's LoRAs"])
+def test_what_is_left_after_unloading_is_active(pipe, folder, lora, removed, lora_first, both) -> None:
+    loads = [
+        lambda: pipe.load_lora_weights(lora[0], adapter_name="style"),
+        lambda: pipe.load_s2ft_weights(folder[0], adapter_name="dog"),
+    ]
+    for load in loads if lora_first else loads[::-1]:
+        load()
+    if both:
+        pipe.set_adapters(["dog", "style"])
+    unload = {
+        "S2FT": pipe.unload_s2ft_weights,
+        "LoRAs": pipe.unload_lora_weights,
+        "the model's LoRAs": pipe.unet.unload_lora,
+    }
+    unload[removed]()
+    left, expected = ("style", lora[1]) if removed == "S2FT" else ("dog", folder[1])
+    assert pipe.get_active_adapters() == [left]
+    assert pipe.get_list_adapters() == {"unet": [left]}
+    close(generate(pipe), expected)
+
+
+def test_what_is_trained_is_trained_still(pipe, folder) -> None:
+    pipe.load_s2ft_weights(folder[0], adapter_name="dog")
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], r=2), "trained")
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], r=2), "frozen")
+    pipe.unet.set_adapter(["dog", "trained"])
+    pipe.unload_s2ft_weights()
+    flags = {name: parameter.requires_grad for name, parameter in pipe.unet.named_parameters() if "lora_" in name}
+    assert {flag for name, flag in flags.items() if "trained" in name} == {True}
+    assert {flag for name, flag in flags.items() if "frozen" in name} == {False}
+
+
 # What stays behind ---------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +299,53 @@ def test_deleting_the_last_adapter_leaves_no_trace(pipe, folder, tmp_path) -> No
     assert torch.equal(generate(pipe), expected)
     pipe.unet.delete_adapters("s2ft_0")
     assert same_state(pipe, before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_is_saved_without_adapters_alone(pipe, folder, tmp_path, fused) -> None:
+    pipe.load_s2ft_weights(folder[0], adapter_name="dog")
+    if fused:
+        pipe.fuse_s2ft()
+    with pytest.raises(ValueError, match=r"The model has S2FT adapters \(dog\).*unload_s2ft_weights\(\) first"):
+        pipe.unet.save_pretrained(tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+    pipe.unload_s2ft_weights()
+    pipe.unet.save_pretrained(tmp_path / "base")
+    again = UNet2DConditionModel.from_pretrained(tmp_path / "base").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("of_the_pipeline", [True, False])
+def test_layers_that_are_left_empty_are_not_saved(pipe, folder, lora, tmp_path, beside, of_the_pipeline) -> None:
+    """diffusers leaves a LoRA's layers in the model when it is deleted; what it saves then is not read again."""
+    before, base = state(pipe), generate(pipe)
+    if beside:
+        pipe.load_s2ft_weights(folder[0], adapter_name="dog")
+    pipe.load_lora_weights(lora[0], adapter_name="style")
+    pipe.text_encoder.add_adapter(LoraConfig(target_modules=["q_proj"], r=2), "words")
+    for name in ("dog", "style", "words") if beside else ("style", "words"):
+        pipe.delete_adapters(name)
+    if of_the_pipeline:
+        pipe.save_pretrained(tmp_path / "base")
+    else:
+        for name in ("unet", "text_encoder"):
+            getattr(pipe, name).save_pretrained(tmp_path / "base" / name)
+    assert same_state(pipe, before)
+    pipe.unet = UNet2DConditionModel.from_pretrained(tmp_path / "base" / "unet")
+    pipe.text_encoder = CLIPTextModel.from_pretrained(tmp_path / "base" / "text_encoder")
+    assert same_state(pipe, before)
+    assert torch.equal(generate(pipe), base)
+
+
+def test_an_s2ft_adapter_is_not_saved_as_a_lora(pipe, folder, tmp_path) -> None:
+    pipe.load_s2ft_weights(folder[0], adapter_name="dog")
+    with pytest.raises(ValueError, match="'dog' is an S2FT adapter; save it with save_s2ft_weights"):
+        pipe.unet.save_lora_adapter(tmp_path / "saved", adapter_name="dog")
+    tensors = get_peft_model_state_dict(pipe.unet, adapter_name="dog")
+    with pytest.raises(ValueError, match=r"an S2FT adapter's tensors; save it with save_s2ft_weights"):
+        pipe.save_lora_weights(tmp_path / "saved", unet_lora_layers=tensors)
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_deleted_adapter_holds_no_memory(pipe, folder, tmp_path) -> None:
@@ -242,6 +382,52 @@ def test_a_failing_prompt_leaves_no_scale(pipe, tmp_path) -> None:
     assert torch.equal(generate(pipe), expected)
 
 
+def test_a_failing_prompt_of_another_pipeline_leaves_no_scale(pipe) -> None:
+    """One that shares the text encoder; the adapter was not loaded by either; and a class that came later."""
+    add(pipe, text=True)
+    expected = generate(pipe)
+
+    class Later(StableDiffusionPipeline):
+        def encode_prompt(self, *args, **kwargs):
+            scale_lora_layers(self.text_encoder, 0.5)
+            raise TypeError
+
+    kinds = [StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, Later]
+    for kind in kinds:
+        other = kind(**pipe.components, requires_safety_checker=False)
+        with pytest.raises(TypeError):
+            other.encode_prompt("a", "cpu", 1, True, negative_prompt=5, lora_scale=0.5)
+        assert torch.equal(generate(pipe), expected), kind
+
+
+def test_fusing_projections_of_a_class_that_somebody_decorates(pipe, folder) -> None:
+    """A class that came later, whose method has a wrapper of its own."""
+    calls = []
+
+    def counted(original):
+        @functools.wraps(original)
+        def fuse_qkv_projections(self):
+            calls.append(self)
+            return original(self)
+
+        return fuse_qkv_projections
+
+    class Later(UNet2DConditionModel):
+        @counted
+        def fuse_qkv_projections(self):
+            pass
+
+    unet = Later.from_config(pipe.unet.config)
+    unet.add_adapter(S2FTConfig(target_modules=["to_q"], n_frequency=20))
+    with pytest.raises(ValueError, match=r"unfused S2FT adapter; call fuse_s2ft\(\)"):
+        unet.fuse_qkv_projections()
+    assert not calls
+    unet.disable_adapters()
+    unet.delete_adapters("default")
+    unet.fuse_qkv_projections()
+    assert calls == [unet]
+
+
 # Better said ---------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +437,35 @@ def test_names_that_modules_use(pipe, folder, name) -> None:
     with pytest.raises(ValueError, match="name"):
         pipe.load_s2ft_weights(folder[0], adapter_name=name)
     assert same_state(pipe, before)
+
+
+@pytest.mark.parametrize("name", ["train", "half", "keys", "weight.x"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_names_that_modules_use_for_a_new_adapter(pipe, name, beside) -> None:
+    if beside:
+        add(pipe, "one", text=True)
+    before, expected = state(pipe), generate(pipe)
+    for model in (pipe.unet, pipe.text_encoder):
+        config = S2FTConfig(target_modules=attention_targets(model), n_frequency=30)
+        with pytest.raises(ValueError, match="name"):
+            model.add_adapter(config, name)
+        with pytest.raises(ValueError, match="name"):
+            get_peft_model(copy.deepcopy(model), config, adapter_name=name)
+        assert list(getattr(model, "peft_config", {})) == (["one"] if beside else [])
+    assert same_state(pipe, before)
+    assert torch.equal(generate(pipe), expected)
+    add(pipe, "good", text=True)  # a second try is like a first one
+    assert not torch.equal(generate(pipe), expected)
+
+
+def test_names_that_modules_use_in_a_peft_model(two_layers) -> None:
+    config = S2FTConfig(target_modules=["first"], n_frequency=10)
+    model = get_peft_model(two_layers, config, adapter_name="one")
+    with pytest.raises(ValueError, match="'train' is a name that PyTorch's modules use themselves"):
+        model.add_adapter("train", config)
+    with pytest.raises(ValueError, match="'train' is a name that PyTorch's modules use themselves"):
+        model.add_weighted_adapter(["one"], [1.0], "train")
+    assert list(model.peft_config) == ["one"]
 
 
 def test_a_denoiser_inside_a_peft_model(pipe, folder) -> None:

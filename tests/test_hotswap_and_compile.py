@@ -80,7 +80,7 @@ def test_hotswap_into_another_scaling(pipe, folder) -> None:
     add(pipe, "place")
     for module in pipe.unet.modules():
         if isinstance(module, S2FTLinear):
-            module.s2ft_scaling["place"] = module.s2ft_config["place"].scaling = 0.5
+            module.s2ft_config["place"].scaling = 0.5
     pipe.load_s2ft_weights(path, adapter_name="place", hotswap=True)
     torch.testing.assert_close(generate(pipe), expected, rtol=1e-3, atol=1e-3)
     assert pipe.unet.peft_config["place"].scaling == 0.5

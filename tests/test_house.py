@@ -12,22 +12,27 @@ import pytest
 import s2ft_diffusion
 
 PACKAGE = Path(s2ft_diffusion.__file__).parent
-# Each folder may import those before it; errors and settings are plain values, which anyone may take.
-VALUES = {"dreambooth.errors", "dreambooth.settings"}
+# Each folder may import those before it; settings are plain values, which anyone may take.
+VALUES = {"dreambooth.settings"}
 FLOW = ["tuner", "adapters", "pipelines", "toybox", "families", "dreambooth"]
 
 ALONE = """
 import sys
 
+# transformers and accelerate are there: PEFT needs them itself.
+BLOCKED = {
+    "PIL", "datasets", "diffusers", "gradio", "lpips", "matplotlib", "open_clip", "scipy", "tensorboard", "torchvision",
+}
+
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"diffusers", "gradio", "open_clip", "lpips"}:
+        if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())
 import importlib.util
 found = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name == "diffusers" else found(name, package)
+importlib.util.find_spec = lambda name, package=None: None if name in BLOCKED else found(name, package)
 
 import torch
 from peft import get_peft_model
@@ -38,7 +43,7 @@ from s2ft_diffusion import S2FTConfig as same
 assert same is S2FTConfig
 model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), S2FTConfig(target_modules=["0"], n_frequency=9))
 initialize_s2ft_weights(model, lambda x: model(x).square().mean(), [torch.randn(4, 8)])
-assert not any(name.partition(".")[0] == "diffusers" for name in sys.modules)
+assert not any(name.partition(".")[0] in BLOCKED for name in sys.modules)
 print("ok")
 """
 
@@ -79,11 +84,14 @@ def _by_the_locale(node: ast.Call) -> bool:
 
 
 def test_text_files_are_utf_8() -> None:
-    for folder in (PACKAGE, *(PACKAGE.parent / name for name in ("app", "eval", "examples"))):
-        for path in folder.rglob("*.py"):
-            calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
-            found = [f"{path.name}:{node.lineno}" for node in calls if _by_the_locale(node)]
-            assert not found, f"text without an encoding: {found}"
+    root = PACKAGE.parent
+    folders = ("app", "benchmarks", "eval", "examples", "integrations")
+    files = [*root.glob("*.py"), *(p for f in (PACKAGE, *(root / name for name in folders)) for p in f.rglob("*.py"))]
+    found = []
+    for path in files:
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        found += [f"{path.relative_to(root)}:{node.lineno}" for node in calls if _by_the_locale(node)]
+    assert not found, f"text without an encoding: {found}"
 
 
 def test_every_public_name_is_there() -> None:
@@ -91,3 +99,16 @@ def test_every_public_name_is_there() -> None:
         assert getattr(s2ft_diffusion, name) is not None
     with pytest.raises(AttributeError, match="nothing_like_it"):
         s2ft_diffusion.nothing_like_it  # noqa: B018
+
+
+def test_the_reference_has_every_verb_and_the_citation_the_version() -> None:
+    root = PACKAGE.parent
+    if not (root / "docs").is_dir():
+        pytest.skip("only in a checkout")
+    pages = "".join(path.read_text(encoding="utf-8") for path in (root / "docs" / "reference").glob("*.md"))
+    verbs = [n for n in vars(s2ft_diffusion.pipeline) if "s2ft" in n and not n.startswith("_")]
+    verbs = [n for n in verbs if getattr(s2ft_diffusion.pipeline, n).__module__ == s2ft_diffusion.pipeline.__name__]
+    assert {"load_s2ft_weights", "save_s2ft_as_lora"} <= set(verbs)
+    assert not [name for name in verbs if f"pipelines.verbs.{name}\n" not in pages]
+    assert "::: s2ft_diffusion.adapters.convert\n" in pages
+    assert f"\nversion: {s2ft_diffusion.__version__}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.errors import HTTPError
 
 from s2ft_diffusion.adapters.file import WEIGHTS_NAME
 from s2ft_diffusion.adapters.lora_files import LORA_NAME
+from s2ft_diffusion.dreambooth import publish
+from s2ft_diffusion.dreambooth.settings import HubSettings
+from s2ft_diffusion.errors import InputError, NotPublished
 from tests.conftest import ROOT
 from tests.fake_hub import fake_hub
 
@@ -65,3 +69,18 @@ def test_push_and_load(photos, tmp_path) -> None:
         said = run("-c", LOAD)
         assert said.startswith("s2ft_0 {'unet': ['s2ft_0']}\n{'unet': ['s2ft_0', 'lora']}")
         assert "someone/cat: the repository has no pytorch_s2ft_weights.safetensors" in said
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch) -> None:
+    """The hub's client raises errors of its own library, which is no OSError."""
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise HTTPError("Connection refused")
+
+    monkeypatch.setattr(publish, "create_repo", refused)
+    monkeypatch.setattr(publish, "upload_folder", refused)
+    settings = HubSettings("someone/dog", None)
+    with pytest.raises(InputError, match="the repository cannot be created: Connection refused"):
+        publish.open_repository(tmp_path, settings)
+    with pytest.raises(NotPublished, match="failed: Connection refused"):
+        publish.push(tmp_path, "someone/dog", settings)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,9 @@ from s2ft_diffusion.dreambooth.arguments import parse_arguments
 from s2ft_diffusion.dreambooth.batches import Layout, Pictures, estimate_batches, estimate_draws
 from s2ft_diffusion.dreambooth.captions import read_captions
 from s2ft_diffusion.dreambooth.draws import DrawStream, process_slots, replayed
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import SquareImages, find_images, fingerprints, load_image
 from s2ft_diffusion.dreambooth.settings import EstimateSettings
+from s2ft_diffusion.errors import InputError
 
 
 def half_and_half(mode: str = "RGB") -> Image.Image:
@@ -60,47 +62,63 @@ def test_palette_alpha_and_gray(tmp_path) -> None:
     assert load_image(tmp_path / "t.png").getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_sixteen_bits(tmp_path) -> None:
-    ramp = np.linspace(0, 65535, 60).astype(np.uint16)[None].repeat(40, 0)
-    Image.fromarray(ramp).save(tmp_path / "a.png")
-    image = load_image(tmp_path / "a.png")
-    values = np.asarray(image)[0, :, 0].astype(int)
-    assert values[0] == 0
-    assert values[-1] == 255
-    assert abs(values[30] - 130) < 4
-
-
-@pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
-def test_floating_point_numbers(tmp_path, top) -> None:
-    ramp = np.linspace(0, top, 60, dtype=np.float32)[None].repeat(40, 0)
-    Image.fromarray(ramp).save(tmp_path / "a.tiff")
-    values = np.asarray(load_image(tmp_path / "a.tiff"))[0, :, 0].astype(int)
-    assert np.abs(values - np.linspace(0, 255, 60)).max() <= 1
-
-
-def test_32_bit_integers(tmp_path) -> None:
-    ramp = np.linspace(0, 65535, 60).astype(np.int32)[None].repeat(40, 0)
-    Image.fromarray(ramp).save(tmp_path / "a.tiff")
-    values = np.asarray(load_image(tmp_path / "a.tiff"))[0, :, 0].astype(int)
-    assert np.abs(values - np.linspace(0, 255, 60)).max() <= 1
+def gray(path: Path, numbers: object, kind: type[np.generic]) -> list[int]:
+    """What is read of a picture that has these numbers in each row."""
+    Image.fromarray(np.asarray(numbers).astype(kind)[None].repeat(4, 0)).save(path)
+    image = np.asarray(load_image(path)).astype(int)
+    assert (image == image[:1, :, :1]).all()
+    return image[0, :, 0].tolist()
 
 
 @pytest.mark.parametrize(
-    "numbers",
+    ("kind", "numbers", "seen"),
     [
-        np.linspace(0, 2**31 - 1, 60).astype(np.int32),
-        np.linspace(-1, 1, 60),
-        np.linspace(0, 1e9, 60),
-        [0.5, np.nan] * 30,
+        (np.uint16, [0, 257, 4096, 32896, 65535], [0, 1, 16, 128, 255]),
+        (np.uint16, [0, 129, 250, 5140], [0, 1, 1, 20]),  # dark, but a picture
+        (np.int32, [0, 257, 32896, 65535], [0, 1, 128, 255]),
+        (np.int32, [0, 1, 100, 250], [0, 1, 100, 250]),
+        (np.float32, [0, 0.2, 0.5, 1], [0, 51, 128, 255]),
+        (np.float32, [0, 0.2, 0.1], [0, 51, 26]),
+        (np.float32, [0, 0.2, 0.6, 1.02], [0, 51, 153, 255]),  # a highlight
+        (np.float32, [0, 1, 127.6, 255], [0, 1, 128, 255]),
+        (np.float32, [0, 257, 65535], [0, 1, 255]),
     ],
-    ids=["int32", "negative", "huge", "nan"],
 )
-def test_numbers_of_no_known_scale(tmp_path, numbers) -> None:
-    numbers = np.asarray(numbers)
-    numbers = numbers if numbers.dtype == np.int32 else numbers.astype(np.float32)
-    Image.fromarray(numbers[None].repeat(40, 0)).save(tmp_path / "a.tiff")
+def test_more_than_8_bits(tmp_path, kind, numbers, seen) -> None:
+    for suffix in ("png", "tiff") if kind is np.uint16 else ("tiff",):
+        assert gray(tmp_path / f"a.{suffix}", numbers, kind) == seen
+
+
+def test_twelve_bits_that_a_tiff_tells_of(tmp_path) -> None:
+    width, strip = 4, bytes.fromhex("000 800 7ff fff".replace(" ", "")) * 4
+    tags = {256: width, 257: 4, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: 4, 279: len(strip)}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    (tmp_path / "a.tiff").write_bytes(head + entries + bytes(4) + strip)
+    assert np.asarray(load_image(tmp_path / "a.tiff"))[0, :, 0].tolist() == [0, 128, 127, 255]
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        (np.uint16, [0, 250]),  # 8 bits in 16
+        (np.uint16, [0, 4095]),  # a camera's 12 in 16
+        (np.int32, [0, 1]),
+        (np.int32, [0, 4095]),
+        (np.int32, [0, 2**31 - 1]),
+        (np.float32, [0, 0]),
+        (np.float32, [-1, 1]),
+        (np.float32, [0, 5]),
+        (np.float32, [0, 257]),
+        (np.float32, [0, 1e9]),
+        (np.float32, [0.5, np.nan]),
+        (np.float32, [0.5, np.inf]),
+    ],
+)
+def test_numbers_of_no_known_scale(tmp_path, kind, numbers) -> None:
     with pytest.raises(InputError, match=r"a\.tiff: its numbers go from .* no known scale"):
-        load_image(tmp_path / "a.tiff")
+        gray(tmp_path / "a.tiff", numbers, kind)
 
 
 def test_oblong_pictures(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -57,6 +58,49 @@ def test_save_and_load(two_layers, tmp_path) -> None:
     loaded = PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(loaded(x()), model(x()))
     assert loaded.peft_config["default"].coefficients == "complex"
+
+
+KINDS = [{}, {"oversampling": 3}, {"positions": "free"}]
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("narrower", ["both", "inputs", "outputs"])
+def test_a_base_of_other_sizes_gets_a_fresh_adapter(tmp_path, options, narrower) -> None:
+    options = {"target_modules": ["0"], "n_frequency": 20, "sampling": "random", **options}
+    saved = get_peft_model(nn.Sequential(nn.Linear(12, 9)), S2FTConfig(**options))
+    saved.base_model.model[0].s2ft_delta["default"].coefficients.data.normal_()
+    saved.save_pretrained(tmp_path)
+    base = nn.Sequential(nn.Linear(12 if narrower == "outputs" else 8, 9 if narrower == "inputs" else 5))
+    wanted = base(x()[:, : base[0].in_features])
+    fresh = get_peft_model(copy.deepcopy(base), S2FTConfig(**options)).base_model.model[0].s2ft_delta["default"]
+    with pytest.warns(UserWarning, match=r"The state of base_model\.model\.0 is not loaded"):
+        model = PeftModel.from_pretrained(base, tmp_path, ignore_mismatched_sizes=True)
+    assert torch.equal(model(x()[:, : base[0].in_features]), wanted)
+    found = model.base_model.model[0].s2ft_delta["default"]
+    assert all(torch.equal(t, fresh.state_dict()[name]) for name, t in found.state_dict().items())
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_coefficients_may_be_loaded_alone(options) -> None:
+    """What an optimizer or an average holds; places that are still to be drawn are drawn."""
+    options = {"target_modules": ["0"], "n_frequency": 20, "sampling": "random", **options}
+    base = nn.Sequential(nn.Linear(12, 9))
+    saved = get_peft_model(copy.deepcopy(base), S2FTConfig(**options, init_weights=False))
+    state = {name: t for name, t in saved.state_dict().items() if "coefficients" in name}
+    for inference_mode in (False, True):
+        model = get_peft_model(copy.deepcopy(base), S2FTConfig(**options, inference_mode=inference_mode))
+        model.load_state_dict({}, strict=False)
+        model.load_state_dict(state, strict=False)
+        assert torch.equal(model(x()), saved(x()))
+
+
+def test_a_config_that_was_loaded_can_be_trained_with(two_layers, tmp_path) -> None:
+    """As with PEFT's own: it starts frozen, for its folder says inference_mode, and is trained when it is activated."""
+    get_peft_model(copy.deepcopy(two_layers), config()).save_pretrained(tmp_path)
+    model = get_peft_model(two_layers, S2FTConfig.from_pretrained(tmp_path))
+    assert model.get_nb_trainable_parameters()[0] == 0
+    model.set_adapter("default")
+    assert model.get_nb_trainable_parameters()[0] == 6 * 6 + 6 * 6
 
 
 def test_merge_and_unmerge_restore_every_bit(two_layers) -> None:
@@ -114,7 +158,7 @@ def test_several_adapters(two_layers) -> None:
     model.set_adapter("default")
     model.delete_adapter("other")
     assert torch.equal(model(x()), one)
-    assert "other" not in model.base_model.model.first.s2ft_scaling
+    assert "other" not in model.base_model.model.first.s2ft_config
 
 
 def test_scales_are_taken_off_exactly(two_layers) -> None:
@@ -170,7 +214,10 @@ def test_names_what_it_cannot_adapt(two_layers) -> None:
     [
         {"coefficients": "imaginary"}, {"norm": "forward"}, {"sampling": "best"}, {"rearrange": "sort"},
         {"distance": "manhattan"}, {"refine": "3opt"}, {"n_frequency": 0}, {"n_frequency": 1.5}, {"gamma": -1},
-        {"n_frequency_pattern": {"x": 0}},
+        {"n_frequency_pattern": {"x": 0}}, {"n_frequency": math.nan}, {"n_frequency": "8"}, {"n_frequency": None},
+        {"n_frequency": math.inf}, {"n_frequency_pattern": {"x": "8"}}, {"n_frequency_pattern": {"x": math.nan}},
+        {"n_frequency_pattern": None}, {"gamma": "2"}, {"gamma": math.nan}, {"scaling": math.inf}, {"scaling": None},
+        {"oversampling": math.nan}, {"oversampling": "2"}, {"oversampling": 0},
     ],
 )  # fmt: skip
 def test_config_refuses(options) -> None:

@@ -202,6 +202,31 @@ def test_layers_that_cannot_reach_the_output_are_named(two_layers, estimate) -> 
     assert second.integers("row_order").tolist() == list(range(7))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (None, r"no layer named 'base_model\.model\.second'; it has base_model\.model\.first\."),
+        (torch.ones(16, 7), r"second has shape \(16, 7\) and should have \(7, 16\)"),
+        (torch.full((7, 16), torch.nan), "second has NaN or infinite"),
+        (torch.full((7, 16), -torch.inf), "second has NaN or infinite"),
+    ],
+)
+def test_a_wrong_prior_changes_nothing(two_layers, wrong, match) -> None:
+    model = adapted(two_layers)
+    prior = {"base_model.model.first": torch.randn(16, 12)}
+    if wrong is not None:
+        prior["base_model.model.second"] = wrong
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        place_from_prior(model, prior)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_prior_of_no_adapter(two_layers) -> None:
+    with pytest.raises(ValueError, match="no S2FT layer with an adapter named 'nobody'"):
+        place_from_prior(adapted(two_layers), {}, adapter_name="nobody")
+
+
 def test_two_matrices_are_asked_for_at_a_time() -> None:
     names = [str(number) for number in range(6)]
     model = nn.Sequential(*(nn.Linear(12, 12) for _ in names))
@@ -216,7 +241,7 @@ def test_two_matrices_are_asked_for_at_a_time() -> None:
             return matrix
 
     place_from_prior(model, Watched.fromkeys(names))
-    assert len(alive) == 6
+    assert len(alive) == 6 + 6  # checked first, then used
 
 
 @pytest.mark.slow

@@ -92,6 +92,47 @@ class TestRestored:
         assert same()
         assert signal.getsignal(signal.SIGINT) is handler
 
+    def test_an_interrupt_while_hooks_are_taken_off_waits(self, two_layers, monkeypatch) -> None:
+        model = adapted(two_layers)
+        same, close = self.watch(model), estimates._Arrivals.close
+
+        def interrupted(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            close(self)
+
+        monkeypatch.setattr(estimates._Arrivals, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            estimate_prior(model, loss_of(model), batches(), estimate="full")
+        assert same()
+
+    @pytest.mark.parametrize("error", [RuntimeError("of a loss"), None])
+    def test_one_weight_that_fails_does_not_keep_the_others(self, two_layers, monkeypatch, error) -> None:
+        model = adapted(two_layers)
+        first, second = (
+            layer.base_layer.weight for layer in (model.base_model.model.first, model.base_model.model.second)
+        )
+        before, restore = second.detach().clone(), estimates._TrainedWeight.restore
+        seen = []
+
+        def failing(self) -> None:
+            if self.weight is first:
+                raise torch.OutOfMemoryError("no memory")
+            seen.append(not torch.equal(second, before))
+            restore(self)
+
+        def loss(batch: torch.Tensor) -> torch.Tensor:
+            if error and not torch.equal(second, before):
+                raise error
+            return loss_of(model)(batch)
+
+        monkeypatch.setattr(estimates._TrainedWeight, "restore", failing)
+        with pytest.raises(RuntimeError, match=r"weights of base_model\.model\.first could not.*no memory") as raised:
+            estimate_prior(model, loss, batches(), estimate="full")
+        assert seen == [True]
+        assert torch.equal(second, before)
+        assert raised.value.__context__ is error
+        assert not raised.value.__suppress_context__
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_scaled_sums_gradients_of_one_size(self, two_layers, dtype) -> None:
         model = adapted(two_layers.to(dtype))

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks.tasks import cost, data, runs, training, workers
+from benchmarks.tasks import __main__, cost, data, runs, training, workers
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,24 @@ def test_the_queue_ends_with_every_row_and_goes_on(packed, tmp_path) -> None:
     before = path.read_text()
     workers.run_queue(wanted, path, packed, **settings)
     assert path.read_text() == before
+    assert all((row["epochs"], row["small"]) == (0.2, False) for row in rows)
+
+
+@pytest.mark.parametrize("setting", [{"epochs": 1.0}, {"epochs": 1.0, "small": True}, {"epochs": 0.1, "small": False}])
+def test_rows_of_another_setting_are_not_mixed(packed, tmp_path, setting) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(runs.main_run("sources", "lora", 0).row() | setting) + "\n")
+    with pytest.raises(ValueError, match="another --rows"):
+        workers.run_queue([], path, packed, device="cpu", workers=1, together=1, seconds=1)
+
+
+@pytest.mark.parametrize(("flags", "name"), [([], "tasks.jsonl"), (["--small"], "tasks-small.jsonl")])
+def test_small_rows_have_a_file_of_their_own(monkeypatch, flags, name) -> None:
+    paths = []
+    monkeypatch.setattr(workers, "run_queue", lambda queue, path, *_, **__: paths.append(path))
+    monkeypatch.setattr(sys, "argv", ["benchmarks.tasks", "run", *flags])
+    __main__.main()
+    assert [path.name for path in paths] == [name]
 
 
 def test_cost_has_a_row_a_method(tmp_path, monkeypatch) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 import train_dreambooth_s2ft as recipe
 from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.prompts import check_prompts, loses_subject, lost_words, read_windows
+from s2ft_diffusion.errors import InputError
 from tests.training_process import Training, arguments, train_here
 
 pytestmark = pytest.mark.usefixtures("tiny_base")
@@ -79,6 +79,8 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
         (("--tokenizer_max_length", "100"), "more than the 32 tokens that the base's text_encoder reads"),
         (("--instance_prompt", "a photo of " + 40 * "very " + "good sks dog"), "sks dog' at its end would not be read"),
         (("--instance_prompt", 28 * "very " + "sks mitten"), "would not be read"),  # not even "sks" whole
+        (("--instance_prompt", 40 * "very " + "\N{DOG FACE}"), "\N{DOG FACE}' at its end would not be read"),
+        (("--instance_prompt", 9 * "very " + "\N{DOG FACE}"), "\N{DOG FACE}' at its end would not be read"),  # in part
         (("--validation_prompt", 40 * "very " + "sks"), "--validation_prompt is too long"),
         (("--resolution", "61"), "multiple of 4"),
         (("--pretrained_model_name_or_path", "/no/such/folder"), "toybox"),
@@ -95,6 +97,7 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
         (("--adam_epsilon", "0"), "above 0"),
         (("--snr_gamma", "0"), "above 0"),
         (("--lr_scheduler", "polynomial", "--learning_rate", "1e-8"), "polynomial"),
+        (("--lr_scheduler", "polynomial", "--lr_warmup_steps", "2", "--max_train_steps", "2"), "the run's 2 steps"),
         (("--push_to_hub", "--hub_model_id", "my dog"), "--hub_model_id"),
         (("--mixed_precision", "fp16"), "bf16"),
         (("--report_to", "carrier_pigeon"), "report_to"),
@@ -106,6 +109,18 @@ def test_refuses_output_folders(photos, tmp_path) -> None:
 )
 def test_refuses_flags(photos, tmp_path, more, match) -> None:
     assert match in bad(photos, tmp_path / "out", *more)
+
+
+def test_every_number_is_finite_and_in_its_range(photos, tmp_path) -> None:
+    numbers = {action.dest for action in build_parser()._actions if action.type is float} | {"n_frequency"}
+    assert len(numbers) > 15
+    cases = [(name, value, "finite") for name in numbers - {"n_frequency"} for value in ("nan", "inf", "-inf", "1e400")]
+    cases += [("n_frequency", "1e400", "finite"), ("scaling", "1e38", "at most"), ("lr_power", "0", "above 0")]
+    cases += [("lr_warmup_steps", "-5", "negative"), ("prior_loss_weight", "-1", "negative")]
+    cases += [("guidance_scale", "-1", "negative"), ("lr_num_cycles", "0", "at least 1")]
+    for name, value, match in cases:
+        with pytest.raises(InputError, match=f"^--{name} must .*{match}"):
+            parse_arguments(arguments(photos, tmp_path, f"--{name}={value}"))
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,8 @@ def test_words_that_are_lost_are_said(photos, tmp_path, tiny_base, caplog) -> No
     assert lost_words("sks dog " + 40 * "very " + "happy", windows).endswith("happy")
     check_prompts(settings)
     assert "--validation_prompt is too long" in caplog.text
+    assert lost_words(9 * "very " + "\N{DOG FACE}", windows) == "\N{DOG FACE}"  # of whose tokens one is read
+    assert lost_words(14 * "sks dog " + "sks zebra", windows) == "zebra"  # of many tokens, the first of which are read
     assert not loses_subject("sks dog " + 40 * "very " + "dog", {"sks", "dog"}, windows)
     assert loses_subject("dog " + 40 * "very " + "sks", {"sks", "dog"}, windows)
     long = ["--with_prior_preservation", "--class_data_dir", str(tmp_path / "c"), "--class_prompt", "a " * 40 + "dog"]

@@ -143,6 +143,11 @@ class Verbs(RuleBasedStateMachine):
             assert state.keys() == self.base.keys()
             assert all(torch.equal(tensor, self.base[name]) for name, tensor in state.items())
 
+    @invariant()
+    def what_is_said_to_be_active_is(self) -> None:
+        if hasattr(self, "pipe"):
+            assert set(self.pipe.get_active_adapters()) == set(self.active) <= set(self.loaded)
+
     # The verbs
 
     @rule(name=st.sampled_from(S2FT), which=st.integers(0, 1), inference=st.booleans())
@@ -158,13 +163,16 @@ class Verbs(RuleBasedStateMachine):
 
     # diffusers alone decides what a LoRA beside LoRAs that are switched off or fused does.
     @precondition(lambda self: not set(self.fused) & set(LORA))
-    @rule(name=st.sampled_from(LORA))
-    def load_lora(self, name: str) -> None:
+    @rule(name=st.sampled_from(LORA), of_model=st.booleans())
+    def load_lora(self, name: str, of_model: bool) -> None:
         mixed = any(n in S2FT for n in self.loaded)
         if name in self.loaded or not (mixed or self.on):
             return
         state, change = self.loras[name]
-        self.pipe.load_lora_weights(dict(state), adapter_name=name)
+        if of_model:
+            self.pipe.transformer.load_lora_adapter(dict(state), adapter_name=name)
+        else:
+            self.pipe.load_lora_weights(dict(state), adapter_name=name)
         self.loaded[name], self.weights[name], self.active, self.on = change, 1.0, [name], True
 
     @precondition(lambda self: any(name in S2FT for name in self.loaded))
@@ -201,7 +209,7 @@ class Verbs(RuleBasedStateMachine):
         mixed = any(n in S2FT for n in self.loaded)
         if not mixed and self.active == [name] and len(self.loaded) > 1:
             return  # diffusers alone: each layer chooses for itself
-        self.pipe.delete_adapters(name)
+        (self.pipe.transformer if data.draw(st.booleans()) else self.pipe).delete_adapters(name)
         del self.loaded[name], self.weights[name]
         self.fused.pop(name, None)
         left = [n for n in self.active if n != name]
@@ -244,16 +252,16 @@ class Verbs(RuleBasedStateMachine):
         self.pipe.unload_s2ft_weights()
         self._gone(S2FT)
 
-    @rule()
-    def unload_lora(self) -> None:
-        self.pipe.unload_lora_weights()
+    @rule(of_model=st.booleans())
+    def unload_lora(self, of_model: bool) -> None:
+        (self.pipe.transformer.unload_lora if of_model else self.pipe.unload_lora_weights)()
         self._gone(LORA)
 
     def _gone(self, kind: tuple[str, ...]) -> None:
         self.left += [(self.loaded[n], s) for n, s in self.fused.items() if n in kind]
         self.fused = {n: s for n, s in self.fused.items() if n not in kind}
         self.loaded = {n: change for n, change in self.loaded.items() if n not in kind}
-        self.active = [n for n in self.active if n not in kind]
+        self.active = [n for n in self.active if n not in kind] or sorted(self.loaded)[:1]
         if not any(isinstance(module, BaseTunerLayer) for module in self.pipe.transformer.modules()):
             self.on = True  # a LoRA's empty layers, which diffusers leaves behind, stay switched off
 

@@ -132,14 +132,15 @@ def _wait_for_the_servers_end() -> None:
         time.sleep(0.1)
 
 
-def train_two(argv: Sequence[str], log: Path) -> None:
+def train_two(argv: Sequence[str], log: Path, before: Callable[[], None] | None = None) -> None:
     """The recipe in two processes that talk to each other, as `accelerate launch` starts them."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = str(taken.getsockname()[1])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
     both = [
-        Training(argv, log.with_suffix(f".{rank}"), RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)
+        Training(argv, log.with_suffix(f".{rank}"), before, RANK=str(rank), LOCAL_RANK=str(rank), **group)
+        for rank in range(2)
     ]
     assert [each.wait() for each in both] == [0, 0], both[0].said[-3000:] + both[1].said[-3000:]
 

@@ -1,24 +1,39 @@
 """Run by tests under torchrun: `python -m eval` in two processes, each of which writes down how many images it made."""
 
+from __future__ import annotations
+
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from eval import cells, generation
 from eval.__main__ import main
 
-folder, argv = Path(sys.argv[1]), sys.argv[2:]
-assert os.environ["WORLD_SIZE"] == "2", os.environ["WORLD_SIZE"]
-report = folder / f"rank{os.environ['RANK']}"
-make_images, made = generation.make_images, []
+
+def few_draws(setattr: Callable[[str, object], None]) -> None:
+    """A prior and a loss on unseen pictures of as few draws as can be, by pytest's `monkeypatch.setattr`."""
+    setattr("eval.training.HELD_OUT_DRAWS", 8)
+    setattr("s2ft_diffusion.dreambooth.batches.FULL_DRAWS", (1, 1))
 
 
-def counting(pipe, images, wanted, *options, **more) -> None:
-    made.extend(wanted)
-    make_images(pipe, images, wanted, *options, **more)
+def count_images(folder: Path, argv: list[str]) -> int:
+    assert os.environ["WORLD_SIZE"] == "2", os.environ["WORLD_SIZE"]
+    report = folder / f"rank{os.environ['RANK']}"  # which an evaluation takes from the environment
+    make_images, made = generation.make_images, []
+
+    def counting(pipe, images, wanted, *options, **more) -> None:
+        made.extend(wanted)
+        make_images(pipe, images, wanted, *options, **more)
+
+    generation.make_images = cells.make_images = counting
+    code = main(argv)
+    report.write_text(str(len(made)))
+    return code
 
 
-generation.make_images = cells.make_images = counting
-code = main(argv)
-report.write_text(str(len(made)))
-sys.exit(code)
+if __name__ == "__main__":
+    import pytest
+
+    few_draws(pytest.MonkeyPatch().setattr)
+    sys.exit(count_images(Path(sys.argv[1]), sys.argv[2:]))

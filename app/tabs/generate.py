@@ -147,7 +147,14 @@ class GenerateTab:
         self.adapter.input(
             polite(self.proposed), [self.prompt, self.adapter, self.second], self.proposal, **QUIET
         ).success(None, [self.proposal, self.prompt], self.prompt, js=UNLESS_TYPED, **QUIET)
-        self.prompt.change(self.token_words, self.prompt, self.tokens, trigger_mode="always_last", **QUIET)
+        gr.on(
+            [self.prompt.change, self.negative.change],
+            self.token_words,
+            [self.prompt, self.negative],
+            self.tokens,
+            trigger_mode="always_last",
+            **QUIET,
+        )
         self.restored.upload(
             polite(self.restore), self.restored, [*self.settings, self.random, self.status, self.restored], **PRIVATE
         )
@@ -253,16 +260,18 @@ class GenerateTab:
         """What is written, and what to have instead for an adapter that was just chosen."""
         return [prompt, self.app.exchanged(prompt, adapter, second)]
 
-    def token_words(self, prompt: str) -> str:
-        """The line under the prompt."""
+    def token_words(self, prompt: str, negative_prompt: str = "") -> str:
+        """The line under the prompt, which also says what is not read of the negative one."""
         try:
-            count = self.count_tokens(prompt)
+            count, negative = self.count_tokens(prompt), self.count_tokens(negative_prompt)
         except RequestError as error:
             return f"!{error}"
         if not count["limit"]:
             return ""
         said = f"{count['tokens']} of {count['limit']} tokens"
-        return f"!{said}: “{count['unread']}” is not read" if count["unread"] else said
+        unread = [f"“{count['unread']}” is not read"] if count["unread"] else []
+        unread += [f"“{negative['unread']}” of the negative prompt is not read"] if negative["unread"] else []
+        return f"!{said}: {'; '.join(unread)}" if unread else said
 
     def stopped(self, status: str, made: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """What is shown when Cancel was clicked: of one that was waiting, of one under way."""

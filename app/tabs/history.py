@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ from PIL import Image
 from ..app import NONE, user_of
 from ..engine import Settings
 from ..errors import polite
-from ..frontend import CLOSE_UNCHOSEN
 from ..history import load_png, settings_of
 from ..limits import RequestError
 from ..words import escaped
 from .parts import reveal
 
 if TYPE_CHECKING:
+    from gradio.events import Dependency
+
     from ..page import Page
 
 PRIVATE = {"api_visibility": "private"}
@@ -66,9 +68,14 @@ class HistoryTab:
         renewed = {"fn": polite(self.renewed), "inputs": [self.kept, self.ids, self.chosen]}
         renewed |= {"outputs": [self.gallery, self.ids, self.chosen], "show_progress": "hidden", **PRIVATE}
         showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting}
-        self.refresh.click(**listing, api_name="list_history").then(**renewed).then(**showing, **QUIET)
-        for event in (self.page.selected["history"].select, self.kept.input):
-            event(**renewed).then(**showing, **QUIET).then(None, None, None, js=CLOSE_UNCHOSEN, **QUIET)
+        closing = {"fn": None, "inputs": None, "outputs": None, "js": "() => s2ft.closeUnpicked()", **QUIET}
+
+        def renew(event: Callable[..., Dependency]) -> None:
+            event(**renewed).then(**showing, **QUIET).then(**closing)
+
+        renew(self.refresh.click(**listing, api_name="list_history").then)
+        renew(self.page.selected["history"].select)
+        renew(self.kept.input)
         self.gallery.preview_close(lambda: NONE, None, self.chosen, **QUIET).then(**showing, **QUIET)
 
         def choose(ids: list[str], event: gr.SelectData) -> str:
@@ -90,19 +97,14 @@ class HistoryTab:
         def favour(image: str, request: gr.Request) -> None:
             self.favourite_image(image, request)
 
-        self.favour.click(polite(favour), self.chosen, None, **PRIVATE).success(**renewed).then(**showing, **QUIET)
+        renew(self.favour.click(polite(favour), self.chosen, None, **PRIVATE).success)
 
         def remove(image: str, request: gr.Request) -> None:
             if image:
                 self.delete_image(image, request)
 
-        self.remove.click(
-            polite(remove),
-            self.chosen,
-            None,
-            js="image => confirm('Delete this picture for good?') ? image : ''",
-            **PRIVATE,
-        ).success(**renewed).then(**showing, **QUIET)
+        sure = "image => confirm('Delete this picture for good?') ? image : ''"
+        renew(self.remove.click(polite(remove), self.chosen, None, js=sure, **PRIVATE).success)
 
     # What the buttons do
 

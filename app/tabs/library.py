@@ -201,9 +201,9 @@ class LibraryTab:
             second_strength: 0 to 1.5.
         """
         wanted = [(adapter, strength), *([(second_adapter, second_strength)] if second_adapter else [])]
-        if len({name for name, _ in wanted}) < len(wanted):
-            raise RequestError("The two adapters are the same one; choose another to merge with.")
         parts = [(self.app.library.get(name), limits.number("A strength", s, limits.STRENGTH)) for name, s in wanted]
+        if adapter == second_adapter:
+            raise RequestError("The two adapters are the same one; choose another to merge with.")
         name = "-".join(self.app.file_name(name) for name, _ in wanted)
         path, words = export(parts, tool, self.app.engine.base, self.app.downloads, name)
         yield str(path), words

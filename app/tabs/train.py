@@ -12,8 +12,8 @@ import pandas as pd
 from PIL import Image
 
 from s2ft_diffusion import toybox
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.images import load_image
+from s2ft_diffusion.errors import InputError
 
 from .. import limits
 from ..app import NONE, user_of

@@ -9,7 +9,8 @@
     python -m benchmarks.tasks table
 
 A method's rate is chosen among three, with one seed, on a validation split; test rows have that rate and five other
-seeds. Rows that are in the file are not made again, so an interrupted benchmark goes on.
+seeds. Rows that are in the file are not made again, so an interrupted benchmark goes on; rows of other --small or
+--epochs belong in another file.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("command", choices=("pack", "run", "cost", "table"))
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="folder with the downloaded packages")
     parser.add_argument("--data", type=Path, default=Path("tasks-data"), help="folder that `pack` writes")
-    parser.add_argument("--rows", type=Path, default=RESULTS / "tasks.jsonl")
+    parser.add_argument("--rows", type=Path, help=f"{RESULTS}/tasks.jsonl, with --small tasks-small.jsonl")
     parser.add_argument("--costs", type=Path, default=RESULTS / "tasks-cost.json")
     parser.add_argument("--tasks", nargs="+", default=["images", "ratings", "sources"])
     parser.add_argument("--device", default="cpu")
@@ -40,6 +41,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="of test rows")
     parser.add_argument("--with_cost", action="store_true", help="with `run`: measure the cost first")
     args = parser.parse_args()
+    if args.rows is None:
+        args.rows = RESULTS / ("tasks-small.jsonl" if args.small else "tasks.jsonl")
     if args.command == "pack":
         from .data import pack
 

@@ -91,7 +91,7 @@ def measure(
         )
         del model, optimizer, trained, steps
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def place(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, estimate: str) -> dict[str, float]:

@@ -198,7 +198,8 @@ def pack_texts(rows: list[tuple[str, float, str]], source: Path, folder: Path) -
     for name, value in held.items():
         if not name.endswith("_labels"):
             held[name] = number[value].to(torch.int16)
-    weights, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    weights = load_file(source / "model.safetensors")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     weights.pop("embeddings.position_ids", None)
     weights["embeddings.word_embeddings.weight"] = weights["embeddings.word_embeddings.weight"][kept]
     sizes = {"vocab_size": len(kept), "pad_token_id": int(number[tokenizer.pad_token_id])}
@@ -210,7 +211,7 @@ def _save(weights: dict[str, torch.Tensor], config: dict[str, Any], folder: Path
     """A model's folder with its weights in 8 bits."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(to_8_bits(weights), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def unpack_models(folder: Path, scratch: Path) -> None:

@@ -15,8 +15,8 @@ METHODS = ("full", "lora", "fourierft", "s2ft paper", "s2ft default")
 RATES = {  # three a method, by equal budgets, a factor of three apart
     "full": (3e-5, 1e-4, 3e-4),
     "lora": (3e-4, 1e-3, 3e-3),
-    "fourierft": (1e-2, 3e-2, 1e-1),
-    "s2ft paper": (1e-2, 3e-2, 1e-1),
+    "fourierft": (3e-2, 1e-1, 3e-1),
+    "s2ft paper": (3e-2, 1e-1, 3e-1),
     "s2ft default": (3e-3, 1e-2, 3e-2),
 }
 RANK = 8  # LoRA: 12 x 512 numbers in a layer of 384 x 384

@@ -105,7 +105,7 @@ def ablation(rows: Sequence[Row], study: str, plain: Mapping[str, str]) -> str:
 
 def costs(path: Path) -> str:
     """Table 8's."""
-    rows = json.loads(path.read_text())
+    rows = json.loads(path.read_text(encoding="utf-8"))
     lines = []
     for row in rows:
         times = [

@@ -84,16 +84,21 @@ def run_queue(
     """Run what is pending, in its order, for at most so many seconds; every row is in the file once it is there.
 
     Rows of the file are not made again; those with an error are tried again by the next call. `first` is called while
-    the workers only import what they need. Returns all rows.
+    the workers only import what they need. Returns all rows. Raises ValueError where the file has rows of other
+    `epochs` or `small`: they are of other tasks.
     """
     until = time.time() + seconds
+    setting = {"epochs": epochs, "small": small}
     rows = read_rows(path)
+    if others := [row for row in rows if any(row.get(name) != value for name, value in setting.items())]:
+        there = {name: others[0].get(name) for name in setting}
+        raise ValueError(f"{path} has rows of {there}, not of {setting}; give another --rows.")
     made = {Run.from_row(row).key() for row in rows}
     pending = [run for run in pending if run.key() not in made]
     failed: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, path.open("a") as file:
+    with tempfile.TemporaryDirectory() as scratch, path.open("a", encoding="utf-8") as file:
         models = Path(scratch)
         unpack_models(data, models)
         busy: dict[Any, tuple[Any, list[Run]]] = {}
@@ -144,6 +149,7 @@ def run_queue(
                     print(f"failed: {found}", flush=True)
                     failed.append(found)
                 else:
+                    found |= setting
                     rows.append(found)
                     file.write(json.dumps(found) + "\n")
                     file.flush()
@@ -160,4 +166,4 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines; none where there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .lora import Progress, silent
-from .reading import COMPONENTS, AdapterFileError
+from .places import lies_in
+from .reading import COMPONENTS, AdapterFileError, unreadable
 
 Delta = Callable[[], torch.Tensor]  # makes a layer's weight change (d, k), float32
 
@@ -58,7 +59,7 @@ def weight_shapes(base: Path) -> dict[str, dict[str, tuple[int, ...]]]:
                         if key.endswith(".weight"):
                             shapes[key.removesuffix(".weight")] = tuple(file.get_slice(key).get_shape())
             except (SafetensorError, OSError) as error:
-                raise AdapterFileError(f"{path}: not a complete safetensors file ({error}).") from None
+                raise unreadable(path, error) from None
     return found
 
 
@@ -68,6 +69,14 @@ def stored_name(name: str, stored: Mapping[str, object]) -> str | None:
     return next((n for n in (name, inner, f"text_model.{inner}") if n in stored), None)
 
 
+def check_copy(base: Path, out: Path) -> None:
+    """Raise AdapterFileError for a folder in the base, FileExistsError for one that is there and not empty."""
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):  # a link to nothing is there too
+        raise FileExistsError(f"{out} exists already.")
+    if lies_in(out, base):
+        raise AdapterFileError(f"{out} lies in the base {base}.")
+
+
 def merge_into(base: Path, changes: Mapping[str, Mapping[str, Delta]], out: Path, progress: Progress = silent) -> None:
     """Copy a base to the folder `out` with weight changes added, shard by shard; names, types and headers stay.
 
@@ -75,10 +84,7 @@ def merge_into(base: Path, changes: Mapping[str, Mapping[str, Delta]], out: Path
     AdapterFileError for a layer that is missing, quantised or of another shape, FileExistsError for an `out` that is
     there and not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already.")
-    if out.resolve().is_relative_to(base.resolve()):
-        raise AdapterFileError(f"{out} lies in the base {base}.")
+    check_copy(base, out)
     shapes = weight_shapes(base)
     wanted = {c: _stored(base, c, layers, shapes.get(c, {})) for c, layers in changes.items()}
     files = [path for path in sorted(base.rglob("*")) if path.is_file()]

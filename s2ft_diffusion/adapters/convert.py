@@ -19,13 +19,15 @@ from typing import Any, Literal
 
 import torch
 
+from ..text import printable
 from . import lora_files, tool_names
-from .base_files import base_folder, merge_into, stored_name, weight_shapes
+from .base_files import base_folder, check_copy, merge_into, stored_name, weight_shapes
 from .file import WrittenAdapter, write_adapter
 from .inspection import describe, misfits, verify
 from .lora import Errors, Lora, Progress, add_loras, difference, silent, to_lora
 from .lora_files import Shapes, write_lora
-from .reading import Adapter, AdapterFileError
+from .places import lies_in, same_place
+from .reading import COMPONENTS, WEIGHTS_NAME, Adapter, AdapterFileError
 from .sources import Source, is_s2ft, layer_shapes, read
 
 __all__ = ["FORMATS", "Converted", "add", "convert", "describe", "export", "extract", "find_kernels", "merge",
@@ -34,6 +36,7 @@ __all__ = ["FORMATS", "Converted", "add", "convert", "describe", "export", "extr
 Format = Literal["lora", "peft", "kohya", "comfyui", "s2ft"]
 FORMATS: tuple[Format, ...] = ("lora", "peft", "kohya", "comfyui", "s2ft")
 LORA_DTYPES = ("float32", "float16", "bfloat16")
+PEFT_NAMES = (lora_files.PEFT_WEIGHTS_NAME, lora_files.PEFT_CONFIG_NAME)
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ def convert(
     Args:
         to: "lora" (diffusers), "peft" (a folder), "kohya" (A1111, Forge, sd-scripts), "comfyui", or "s2ft".
         dtype: of the numbers: "float32", "float16", "bfloat16", for S2FT files also "int8".
-        rank, error: the rank of the LoRA, or the largest relative error it may have; at free positions one is needed,
-            on a grid the LoRA is exact without.
+        rank: of the LoRA. At free positions it or `error` is needed; on a grid the LoRA is exact without.
+        error: the largest relative error that the LoRA may have.
         dense: whole weight changes instead of factors (kohya and comfyui), exact at free positions.
         base: the base model's folder; for the kernels of convolutions where names don't tell them, and for FourierFT.
 
@@ -73,7 +76,7 @@ def convert(
     if to not in FORMATS:
         raise ValueError(f"to must be one of {FORMATS}, got {to!r}.")
     _check(rank, error, dense, to)
-    _check_out(out, to)
+    _check_out(out, to, [source], base)
     adapter = read(source, base)
     if to == "s2ft":
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -117,8 +120,9 @@ def _check(rank: int | None, error: float | None, dense: bool, to: str) -> None:
         raise ValueError("rank, error and dense are for LoRA files.")
 
 
-def _check_out(out: Source, to: str) -> None:
-    """Before the work: that a file is no folder, a folder no file, and that neither would be within a file."""
+def _check_out(out: Source, to: str, sources: Sequence[Source], base: Source | None = None) -> None:
+    """Before the work: that a file is no folder, a folder no file, that neither would be within a file, and that
+    nothing is written over what is read, by whatever path."""
     path = Path(out)
     if to == "peft" and path.is_file():
         raise ValueError(f"{out} is a file: peft's adapters are folders.")
@@ -127,10 +131,18 @@ def _check_out(out: Source, to: str) -> None:
     within = next((parent for parent in path.parents if parent.exists()), None)
     if within is not None and not within.is_dir():
         raise ValueError(f"{out}: {within} is a file, not a folder.")
+    folders = [path, *(path / component for component in COMPONENTS)]
+    written = [f / name for f in folders for name in PEFT_NAMES] if to == "peft" else [path]
+    for source in sources:
+        read = [source, *(Path(source) / name for name in (WEIGHTS_NAME, *PEFT_NAMES))]
+        if any(same_place(one, other) for one in read for other in (path, *written)):
+            raise ValueError(f"{out} would be written over {source}: give another place.")
+    if base is not None and lies_in(path, base_folder(base)):
+        raise ValueError(f"{out} lies in the base {base}: give another place.")
 
 
 def _title(adapter: Adapter, out: Source) -> str:
-    return adapter.info.subject or Path(out).stem
+    return adapter.info.subject or printable(Path(out).stem)
 
 
 def _write_dense(
@@ -217,6 +229,7 @@ def merge(base: Source, adapters: Sequence[tuple[Source, float]], out: Source, *
     in float32. Raises AdapterFileError for an adapter that doesn't fit, FileExistsError for an `out` with files in it.
     """
     folder = base_folder(base)
+    check_copy(folder, Path(out))
     shapes = weight_shapes(folder)
     deltas: dict[str, dict[str, list[Any]]] = {}
     for source, weight in adapters:
@@ -270,7 +283,7 @@ def add(
     if dtype not in LORA_DTYPES:
         raise ValueError(f"dtype must be one of {LORA_DTYPES}, got {dtype!r}.")
     _check(rank, error, False, to)
-    _check_out(out, to)
+    _check_out(out, to, [source for source, _ in adapters], base)
     parts = [
         (read_as_lora(source, rank=rank, error=error, base=base, progress=progress), weight)
         for source, weight in adapters
@@ -303,7 +316,7 @@ def extract(
     from ..tuner.config import S2FTConfig
     from .extract import extract_adapter
 
-    _check_out(out, "s2ft")
+    _check_out(out, "s2ft", [source], base)
     lora = lora_files.read_lora(source, weight_shapes(base_folder(base)) if base else None)
     config = S2FTConfig(n_frequency=n_frequency, oversampling=oversampling)
     adapter, errors = extract_adapter(lora, config, progress=progress)

@@ -203,7 +203,7 @@ def adapter_from_peft(
                 raise AdapterFileError(
                     f"{source}: {owner}.{name}: coefficients have shape {found} and should be {config.coefficients}."
                 )
-            config = replace(config, positions="free", oversampling=1)  # which older configs do not say
+            config = replace(config, positions="free", oversampling=1)  # which a config made in code may not say
         elif config.positions != "grid":
             raise AdapterFileError(f"{source}: {owner}.{name}: it is on a grid, its config says free positions.")
         name = canonical_name(owner, name)

@@ -42,9 +42,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from ..tuner.rearrange import ORDERS, SIGNS
 from ..tuner.spectrum import CoefficientKind, Norm, half_plane
 from . import packing
-from .weights import ORDERS, SIGNS, AdapterFileError, FreeWeights, GridWeights, LayerWeights
+from .weights import AdapterFileError, FreeWeights, GridWeights, LayerWeights
 
 FORMAT_VERSION = 4
 DTYPES = ("float32", "float16", "bfloat16", "int8")

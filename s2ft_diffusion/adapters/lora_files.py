@@ -18,10 +18,11 @@ from packaging.version import Version
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from ..text import printable
 from . import tool_names
 from .lora import Lora, LoraLayer
 from .names import CLIP_WRAPPER, canonical_name
-from .reading import COMPONENTS, AdapterFileError, AdapterInfo
+from .reading import COMPONENTS, AdapterFileError, AdapterInfo, unreadable
 from .tool_names import Tool
 
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -100,7 +101,7 @@ def write_lora(path: str | os.PathLike, lora: Lora, tool: Tool, *, title: str | 
     if tool == "peft":
         return _write_peft(Path(path), lora)
     tensors = state_dict(lora, tool)
-    described = describe_adapter(lora.info, _shapes(lora), title or Path(path).stem, lora.ranks)
+    described = describe_adapter(lora.info, _shapes(lora), title or printable(Path(path).stem), lora.ranks)
     return write_tensors(path, tensors, described)
 
 
@@ -245,7 +246,7 @@ def read_lora(path: str | os.PathLike, base: Shapes | None = None) -> Lora:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path}: not a complete safetensors file ({error}).") from None
+        raise unreadable(path, error) from None
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         found = re.fullmatch(r"(.+?)\.(lora_A|lora_down|lora_B|lora_up|alpha)(\.default)?(\.weight)?", key)

@@ -19,12 +19,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..text import decoded, printable
 from .format import FORMAT_VERSION, decode_layer, tensor_names
 from .names import canonical_name
 from .weights import AdapterFileError, LayerWeights
 
 WEIGHTS_NAME = "pytorch_s2ft_weights.safetensors"
 METADATA_KEY = "s2ft"
+MOST_ROWS = 2**20  # and columns, of a layer: above any known model's. A reader's memory grows with what a header says.
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 # Config fields that describe the adapter itself; target modules are the file's own keys.
 CONFIG_FIELDS = (
@@ -182,7 +184,16 @@ def _open(path: str | os.PathLike) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path}: not a complete safetensors file ({error}).") from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: str | os.PathLike, error: Exception) -> AdapterFileError:
+    """What to raise for a file that safetensors cannot open, which it cannot either where a name is no UTF-8."""
+    try:
+        decoded(os.fspath(path))
+    except UnicodeDecodeError:
+        return AdapterFileError(f"{printable(path)}: its name, or a folder's, is not UTF-8; rename it.")
+    return AdapterFileError(f"{path}: not a complete safetensors file ({error}).")
 
 
 def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -206,7 +217,7 @@ def _header(path: str | os.PathLike, metadata: Mapping[str, str] | None) -> dict
             if len({canonical_name(component, name) for name in shapes}) < len(shapes):
                 raise ValueError(f"{component} has a layer under two names")
             for name, shape in shapes.items():
-                if len(shape) != 2 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
+                if len(shape) != 2 or not all(type(n) is int and 0 < n <= MOST_ROWS for n in shape):
                     raise ValueError(f"{component}.{name} has shape {shape}")
         for component, kernels in header.get("kernels", {}).items():
             for name, kernel in kernels.items():

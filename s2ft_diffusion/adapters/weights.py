@@ -12,13 +12,10 @@ from typing import ClassVar
 
 import torch
 
-from ..tuner.grid import Grid, full_table, grid_delta, grid_factors
+from ..tuner.grid import Grid, grid_delta, grid_factors
 from ..tuner.integers import from_bytes, to_bytes
-from ..tuner.rearrange import Rearrangement
+from ..tuner.rearrange import ORDERS, SIGNS, Rearrangement
 from ..tuner.spectrum import Norm, delta_norm, delta_weight
-
-ORDERS = ("row_order", "column_order")
-SIGNS = ("row_sign", "column_sign")
 
 
 class AdapterFileError(ValueError):
@@ -153,10 +150,6 @@ class GridWeights(LayerWeights):
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """B (d, r) and A (r, k), float32, with B @ A the unscaled weight change, exactly; r = `rank`."""
         return grid_factors(self.coefficients, self.grid, self.rearrangement)
-
-    def table(self) -> torch.Tensor:
-        """The whole table (r1, r2), zeros at places that are not trained."""
-        return full_table(self.coefficients, self.grid)
 
     def change_norm(self, coefficients: torch.Tensor) -> float:
         return float(coefficients.double().norm())  # the functions are orthonormal

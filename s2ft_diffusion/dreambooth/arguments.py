@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-import torch
 from diffusers.optimization import SchedulerType
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .. import toybox
 from ..adapters.format import DTYPES
+from ..errors import InputError
 from ..families.loading import check_offload
 from ..families.quantization import QUANTIZATIONS, check_quantization
 from ..pipelines.targets import TARGETS
+from ..text import as_argument, decode_arguments, printable
 from ..tuner.config import PRESETS
 from ..tuner.prior import Estimate
-from .errors import InputError
-from .folders import check_apart
+from .environment import PRECISIONS, mixed_precision, process_count, run_date, sharding_asked
+from .folders import check_apart, check_outside
 from .settings import (
     DEFAULT_BASE,
     LEARNING_RATES,
@@ -41,16 +43,17 @@ from .settings import (
     Settings,
     ValidationSettings,
 )
-from .text import decoded, printable
 
 WEIGHTING_SCHEMES = ("sigma_sqrt", "logit_normal", "mode", "cosmap", "none")  # diffusers'
 TRACKERS = ("tensorboard", "wandb", "comet_ml")
 SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
-POLYNOMIAL_END = 1e-7  # diffusers' polynomial schedule goes down to this rate
+MAX_SCALING = 1e6  # the paper's is 100; gradients go with it, and far above their squares overflow
 S2FT_OPTIONS = (
     "n_frequency", "positions", "oversampling", "scaling", "coefficients", "norm", "sampling", "gamma", "rearrange",
     "distance", "signs", "refine",
 )  # fmt: skip
+
+PATHS = ("instance_dir", "class_data_dir", "output_dir", "logging_dir", "resume_from_checkpoint")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -145,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", action="store_true", help="save memory, at the cost of time")
     add("--quantize", choices=QUANTIZATIONS, help="hold the frozen linear layers in 4 or 8 bits")
     add("--offload", action="store_true", help="keep the denoiser's blocks in host memory; checkpoints gradients")
+    add("--shard", action="store_true", help="share the denoiser's weights out over the processes (FSDP 2)")
     add("--skip_memory_check", action="store_true", help="begin also where the estimate says that memory is too small")
     add("--dry_run", action="store_true", help="say how much memory the run needs on a GPU, and stop")
     add("--learning_rate", type=float, help="the highest learning rate; by default 2e-4, for the preset paper 1e-3")
@@ -166,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode_scale", type=float, default=1.29, help="scale of mode")
     add("--guidance_scale", type=float, help="guidance that a distilled base is told; by default its pipeline's own")
     add("--pre_compute_text_embeddings", action="store_true", help="always done unless --train_text_encoder is given")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="by default accelerate's own setting")
+    add("--mixed_precision", choices=PRECISIONS, help="by default accelerate's own setting")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xFormers")
 
@@ -193,18 +197,21 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     """Parse and check the command line; raises InputError for flags that contradict each other."""
     args = build_parser().parse_args(argv)
-    _decode(args)
+    decode_arguments(args, paths=PATHS, secrets=("hub_token",))
     args.prompt_was_given = args.instance_prompt is not None
     args.subject = args.subject or folder_words(args.instance_dir)
     if not args.prompt_was_given:
         args.instance_prompt = f"a photo of sks {args.subject}"
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.preset]
-    frozen = args.quantize is not None or args.offload
+    args.mixed_precision = mixed_precision(args.mixed_precision)  # as it is: a resumed run must have the same
+    args.processes = process_count()
+    args.shard = args.shard or (sharding_asked() and args.processes > 1)
+    frozen = args.quantize is not None or args.offload or args.shard
     estimate = EstimateSettings.of(args.preset, args.estimate, args.estimate_draws, frozen=frozen)
     args.estimate, args.estimate_draws = estimate.kind, estimate.draws
-    args.processes = int(os.environ.get("WORLD_SIZE", "1"))
     _check(args)
+    run_date()  # read again at the end, when it is too late to refuse it
     settings = _settings(args)
     try:
         config = settings.adapter.config(["any"], args.seed)
@@ -213,19 +220,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     if settings.lora_rank == 0 and config.positions != "grid":
         raise InputError("--save_lora needs a rank: positions are free, and the nearest LoRA of a rank is written.")
     return settings
-
-
-def _decode(args: argparse.Namespace) -> None:
-    """Make text of what is text, in whatever locale; a path stays as the system has it, but must be printable."""
-    for name, value in vars(args).items():
-        if isinstance(value, str):
-            try:
-                text = decoded(value)
-            except UnicodeDecodeError:
-                shown = "" if name == "hub_token" else f": {printable(value)}"
-                raise InputError(f"--{name}{shown} is not UTF-8; write it so, or rename it.") from None
-            if name not in ("instance_dir", "class_data_dir", "output_dir", "logging_dir"):
-                setattr(args, name, text)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -276,7 +270,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         compute=ComputeSettings(
             args.mixed_precision, args.allow_tf32, args.enable_xformers_memory_efficient_attention,
             args.gradient_checkpointing or args.offload, args.quantize, args.offload,
-            not args.skip_memory_check,
+            args.processes if args.shard else 1, not args.skip_memory_check,
         ),
         checkpoints=CheckpointSettings(
             args.checkpointing_steps, args.checkpoints_total_limit, args.resume_from_checkpoint,
@@ -294,15 +288,34 @@ def _settings(args: argparse.Namespace) -> Settings:
     )  # fmt: skip
 
 
+def _check_folders(args: argparse.Namespace) -> None:
+    """Raise InputError where the run would write over what it reads, or take it away with old checkpoints."""
+    output_dir, photos = Path(args.output_dir), {"--instance_dir": Path(args.instance_dir)}
+    classes = {"--class_data_dir": Path(args.class_data_dir) if args.class_data_dir else None}
+    logs = {"--logging_dir": output_dir / args.logging_dir}
+    # Decoded by now, since it also names the base in the adapter; here it is a path again, in whatever locale.
+    base = {"--pretrained_model_name_or_path": Path(as_argument(toybox.resolve(args.pretrained_model_name_or_path)))}
+    resumed = Path(args.resume_from_checkpoint or "latest")
+    checkpoint = {"--resume_from_checkpoint": resumed if resumed.is_dir() else None}
+    written = {"--output_dir": output_dir, "the folder of sample images": output_dir / "validation", **logs, **classes}
+    check_apart({**photos, **classes, **checkpoint}, written)
+    check_outside({"--output_dir": output_dir, **logs, **classes}, base)
+    for name in ("checkpoint-*", ".checkpoint-*"):  # the latter while one is written
+        check_outside({**photos, **classes, **base}, {"the checkpoints of --output_dir": output_dir / name})
+
+
 def folder_words(folder: str) -> str:
     """A folder's name as words."""
     return printable(Path(folder).resolve().name).replace("_", " ").replace("-", " ")
 
 
 def _check(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} must be a finite number, got {value}.")
     positive = (
         "num_class_images", "sample_batch_size", "train_batch_size", "gradient_accumulation_steps",
-        "checkpointing_steps", "num_validation_images", "validation_epochs",
+        "checkpointing_steps", "num_validation_images", "validation_epochs", "lr_num_cycles",
     )  # fmt: skip
     optional = (
         "resolution", "max_train_steps", "num_train_epochs", "checkpoints_total_limit", "tokenizer_max_length",
@@ -311,13 +324,14 @@ def _check(args: argparse.Namespace) -> None:
     for name in positive + tuple(name for name in optional if getattr(args, name) is not None):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    for name in ("learning_rate", "scaling", "max_grad_norm", "adam_epsilon", "snr_gamma", "logit_std"):
+    for name in ("learning_rate", "scaling", "max_grad_norm", "adam_epsilon", "snr_gamma", "logit_std", "lr_power"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name} must be above 0, got {getattr(args, name)}.")
-    if args.adam_weight_decay < 0:
-        raise InputError(f"--adam_weight_decay must not be negative, got {args.adam_weight_decay}.")
-    if args.lr_scheduler == "polynomial" and args.learning_rate <= POLYNOMIAL_END:
-        raise InputError(f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}: --learning_rate must be above that.")
+    for name in ("adam_weight_decay", "prior_loss_weight", "lr_warmup_steps", "guidance_scale"):
+        if getattr(args, name) is not None and getattr(args, name) < 0:
+            raise InputError(f"--{name} must not be negative, got {getattr(args, name)}.")
+    if args.scaling is not None and args.scaling > MAX_SCALING:
+        raise InputError(f"--scaling must be at most {MAX_SCALING:g}, got {args.scaling:g}.")
     if args.max_train_steps is not None and args.num_train_epochs is not None:
         raise InputError("--max_train_steps and --num_train_epochs contradict each other; give one.")
     if args.with_prior_preservation and not (args.class_data_dir and args.class_prompt):
@@ -326,10 +340,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--class_data_dir and --class_prompt do nothing without --with_prior_preservation.")
     if args.class_data_dir and Path(args.class_data_dir).exists() and not Path(args.class_data_dir).is_dir():
         raise InputError(f"--class_data_dir {args.class_data_dir} is no folder.")
-    output_dir, photos = Path(args.output_dir), {"--instance_dir": Path(args.instance_dir)}
-    classes = {"--class_data_dir": Path(args.class_data_dir) if args.class_data_dir else None}
-    samples = {"the folder of sample images": output_dir / "validation"}
-    check_apart({**photos, **classes}, {"--output_dir": output_dir, **samples, **classes})
+    _check_folders(args)
     if args.push_to_hub:
         try:
             validate_repo_id(args.hub_model_id or Path(args.output_dir).resolve().name)
@@ -337,8 +348,6 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--push_to_hub: choose another --hub_model_id: {error}") from None
     if args.save_lora is not None and args.save_lora < 0:
         raise InputError(f"--save_lora takes a rank of at least 1, got {args.save_lora}.")
-    if args.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        raise InputError("--mixed_precision fp16 needs a GPU; use bf16 or no on a CPU.")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 0 and below 1, got {getattr(args, name)}.")
@@ -352,9 +361,18 @@ def _check(args: argparse.Namespace) -> None:
         check_quantization(args.quantize)
     if args.offload:
         check_offload(args.quantize)
-    if args.estimate == "full" and (args.quantize or args.offload):
+    if args.shard and (args.quantize or args.offload):
+        other = "--quantize" if args.quantize else "--offload"
         raise InputError(
-            "--estimate full trains the base's weights, which --quantize and --offload do not leave room for."
+            f"--shard (or FSDP in accelerate's configuration) and {other} contradict each other; give one."
+        )
+    if args.shard and args.processes == 1:
+        raise InputError(
+            "--shard shares the base out over processes, and there is one: accelerate launch --num_processes 2 …"
+        )
+    if args.estimate == "full" and (args.quantize or args.offload or args.shard):
+        raise InputError(
+            "--estimate full trains the base's weights; --quantize, --offload and --shard (FSDP) leave it no room."
         )
     if args.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
         raise InputError("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers.")

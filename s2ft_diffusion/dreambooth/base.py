@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from .. import toybox
+from ..errors import InputError
 from ..families import Configs, Family, family_of
 from ..families.loading import load_pipeline
 from ..families.objectives import Objective
@@ -22,7 +23,6 @@ from ..pipelines.targets import attention_targets, unreachable
 from ..tuner.config import S2FTConfig
 from ..tuner.delta import trained_numbers
 from ..tuner.layer import delta_shape
-from .errors import InputError
 from .settings import AdapterSettings, BaseSettings, LossSettings
 
 

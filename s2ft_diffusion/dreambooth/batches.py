@@ -69,12 +69,16 @@ def estimate_batches(
 ) -> list[list[Sample]]:
     """One draw a batch, with the prompt of its image, shared out over the processes.
 
-    For "full", every process takes the same steps (Adam does not mind that their gradients are added).
+    For "full", every process takes the same steps (Adam does not mind that their gradients are added). Else those that
+    have one less take another of no weight: a base that is shared out is called by all of them or by none.
     """
     draws = stream.stratified(estimate_draws(settings, layout, len(source)))
-    if settings.kind != "full":
-        draws = draws[layout.rank :: layout.processes]
-    return [[(draw, source, prompts[draw.image], 1.0)] for draw in draws]
+    if settings.kind == "full":
+        return [[(draw, source, prompts[draw.image], 1.0)] for draw in draws]
+    count = math.ceil(len(draws) / layout.processes)
+    mine = [(draw, 1.0) for draw in draws[layout.rank :: layout.processes]]
+    mine += [(draws[0], 0.0)] * (count - len(mine))
+    return [[(draw, source, prompts[draw.image], weight)] for draw, weight in mine]
 
 
 @dataclass(frozen=True)

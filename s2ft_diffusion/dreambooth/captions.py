@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import InputError
-from .text import printable
+from ..errors import InputError
+from ..text import printable
 
 SUFFIX = ".txt"
 

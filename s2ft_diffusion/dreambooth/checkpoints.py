@@ -19,7 +19,7 @@ from torch import nn
 
 from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterFileError, collect_adapter, read_adapter, write_adapter
 from ..adapters.names import name_in
-from .errors import InputError, NotWritten
+from ..errors import InputError, NotWritten
 from .settings import CheckpointSettings
 
 logger = logging.getLogger("train_dreambooth_s2ft")
@@ -33,7 +33,7 @@ FREE_FLAGS = frozenset(
         "num_validation_images", "validation_epochs", "sample_batch_size", "prior_generation_precision", "report_to",
         "logging_dir", "push_to_hub", "hub_model_id", "adapter_dtype", "allow_tf32", "local_rank", "prompt_was_given",
         "save_lora", "pre_compute_text_embeddings", "estimate", "estimate_draws", "subject", "offload",
-        "skip_memory_check", "dry_run",
+        "shard", "skip_memory_check", "dry_run",
     )
 )  # fmt: skip
 
@@ -124,7 +124,10 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     if path.exists():
         path.rename(gone)
-        shutil.rmtree(gone)
+        if gone.is_symlink():  # kept on another disk, for example: what the link leads to is not ours to remove
+            gone.unlink()
+        else:
+            shutil.rmtree(gone)
 
 
 def read_state(path: Path) -> TrainingState:

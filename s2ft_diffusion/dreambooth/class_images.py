@@ -38,7 +38,7 @@ def ensure_class_images(
     pipeline = load_pipeline(
         plan.location, plan.family, dtype, plan.options, quantize=compute.quantize, device=accelerator.device
     )
-    place_pipeline(pipeline, plan.family, accelerator.device, offload=compute.offload)
+    place_pipeline(pipeline, plan.family, accelerator.device, offload=compute.offload or compute.shard > 1)
     pipeline.set_progress_bar_config(disable=True)
     bar = tqdm(total=len(mine), desc="class images", disable=not accelerator.is_main_process)
     for start in range(0, len(mine), settings.batch):

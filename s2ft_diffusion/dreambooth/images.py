@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torchvision.transforms.v2 import functional as transforms
 
+from ..errors import InputError
+from ..text import printable
 from . import captions
-from .errors import InputError
-from .text import printable
 
 MAX_OBLONG = 10  # times as long as wide: its shorter side is brought to the resolution, and all of the longer one kept
 
@@ -55,12 +55,13 @@ def fingerprints(paths: Sequence[Path]) -> str:
 def load_image(path: Path) -> Image.Image:
     """Any image file as RGB: turned as its EXIF says, more bits brought to 8, transparency on white.
 
-    Raises InputError, naming the file, for one that is no image or is truncated, for 32-bit numbers of no known scale,
-    and for a picture more than `MAX_OBLONG` times as long as wide.
+    Raises InputError, naming the file, for one that is no image or is truncated, for gray values of no known scale (see
+    `_eight_bits`), and for a picture more than `MAX_OBLONG` times as long as wide.
     """
     name = printable(path)
     try:
         with Image.open(path) as image:
+            bits = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
             image = ImageOps.exif_transpose(image)
             image.load()
     except Image.DecompressionBombError as error:
@@ -71,23 +72,32 @@ def load_image(path: Path) -> Image.Image:
     if max(image.size) > MAX_OBLONG * min(image.size):
         raise InputError(f"{name}: {image.width}x{image.height} pixels are too oblong; crop the picture.")
     if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.float64), image.mode, name))
+        whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (2**bits - 1,))
+        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.float64), whites, name))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _eight_bits(values: np.ndarray, mode: str, name: str) -> np.ndarray:
-    """Gray values of 16 or 32 bits as 0 to 255: the scale is the smallest usual one that holds them all."""
+def _eight_bits(values: np.ndarray, whites: Sequence[int], name: str) -> np.ndarray:
+    """Gray values of more than 8 bits as 0 to 255: white is the one of `whites` that they come near from below.
+
+    16 bits have one white, 65535, as every viewer has it, or that of the bits a TIFF says it uses (4095 of 12). 32-bit
+    integers say nothing and hold numbers of 8 or of 16 bits; floating-point ones go to 1 besides, and what is above it
+    by up to as much again is a highlight, shown as white.
+
+    Near is a sixteenth of white or more. With nothing so bright a picture is as good as black, or has a scale that it
+    does not tell, as 12 bits of a camera in 16: InputError, which names the file, rather than training on black.
+    """
     least, greatest = float(values.min()), float(values.max())
-    scales = {1.0: 255.0, 255.0: 1.0, 65535.0: 1 / 257} if mode == "F" else {255.0: 1.0, 65535.0: 1 / 257}
-    scale = next((factor for limit, factor in scales.items() if greatest <= limit), None)
-    if scale is None or not least >= 0:
+    highlights = {1: 2.0}
+    white = next((w for w in whites if w / 16 <= greatest <= highlights.get(w, w)), None)
+    if white is None or not least >= 0:
         raise InputError(
             f"{name}: its numbers go from {least:g} to {greatest:g}, which is no known scale; save it with 8 bits."
         )
-    return (values * scale).round().astype(np.uint8)
+    return (values * (255 / white)).clip(0, 255).round().astype(np.uint8)
 
 
 class SquareImages:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..families import Family
 from ..families.objectives import Objective
@@ -60,6 +61,9 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.components = nn.ModuleDict(components)
         self.family, self.objective, self.prompts = family, objective, prompts
+        # They are the same on all processes, or shared out over them: nothing to send at the start.
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
 
     def forward(self, samples: Sequence[tuple[Draw, LatentSource, str, float]]) -> torch.Tensor:
         """`samples`: draw, where its latents come from, its prompt, and its weight."""

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import InputError
 from ..families import Configs, Family
 from ..families.blank import (
     AllocationTracker,
@@ -25,12 +26,12 @@ from ..families.blank import (
     weight_bytes,
 )
 from ..families.offloading import transformer_blocks
+from ..families.sharding import shared_blocks
 from ..pipelines.attach import inject_adapter
 from ..tuner.estimate import watch_layer
 from ..tuner.layer import S2FTLayer, compute_dtype
 from .base import BasePlan, empty_model
 from .checkpoints import ADAPTER
-from .errors import InputError
 from .settings import ComputeSettings, Settings
 
 # Scratch space of cuBLAS and cuDNN, which PyTorch allocates once.
@@ -104,12 +105,15 @@ def check_memory(needed: RunMemory, device: torch.device, settings: Settings) ->
     if needed.device <= free:
         return
     compute = settings.compute
+    alone = torch.cuda.device_count() < 2
     advice = [
         flag
         for flag, given in (
             ("--gradient_checkpointing", compute.gradient_checkpointing),
-            ("--quantize nf4", compute.quantize is not None or compute.offload),
-            ("--offload", compute.offload or compute.quantize in ("nf4", "int8")),
+            ("--quantize nf4", compute.quantize is not None or compute.offload or compute.shard > 1),
+            ("--offload", compute.offload or compute.quantize in ("nf4", "int8") or compute.shard > 1),
+            ("--shard, with a process for each GPU", alone or compute.shard > 1 or compute.quantize or compute.offload),
+            ("more GPUs", compute.shard == 1),
             ("--train_batch_size 1", settings.length.batch == 1),
             ("a smaller --resolution", False),
         )
@@ -190,6 +194,7 @@ def step_memory(
         model.train(compute.gradient_checkpointing)
     weights = sum(map(weight_bytes, models.values()))
     host, moving = _offloaded(models[family.denoiser]) if compute.offload else (0, 0)
+    elsewhere = _sharded(models[family.denoiser], compute.shard) if compute.shard > 1 else 0
     adapted = {n: m for model in models.values() for n, m in model.named_modules() if isinstance(m, S2FTLayer)}
     with FakeTensorMode(allow_non_fake_inputs=True), GPUPasses(autocast):
         for model in models.values():
@@ -200,7 +205,7 @@ def step_memory(
         prior = prior_passes(loss, adapted, trained) if adapted else 0
     copies = sum(m.out_features * m.in_features * compute_dtype(m.get_base_layer()).itemsize for m in adapted.values())
     return StepMemory(
-        weights=weights - host + moving,
+        weights=weights - host + moving - elsewhere,
         trained=optimizer,
         passes=max(passes, step - optimizer),
         prior=prior,
@@ -218,11 +223,22 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _offloaded(denoiser: nn.Module) -> tuple[int, int]:
     """Bytes of the blocks' frozen weights, and of the two that the device holds at a time."""
-    sizes = [
-        sum(p.numel() * p.element_size() for p in block.parameters() if not p.requires_grad)
-        for block in transformer_blocks(denoiser)
-    ]
+    sizes = [_frozen_bytes(block) for block in transformer_blocks(denoiser)]
     return sum(sizes), max(a + b for a, b in zip(sizes, (*sizes[1:], 0), strict=True))
+
+
+def _sharded(denoiser: nn.Module, processes: int) -> int:
+    """Bytes of the frozen weights that a process does not hold: all but its share, what is in no block, and at a time
+    two gathered blocks and what the next one is gathered into."""
+    blocks = [_frozen_bytes(block) for block in shared_blocks(denoiser)]
+    every = _frozen_bytes(denoiser)
+    rest = every - sum(blocks)
+    gathered = max([rest + sum(blocks[:1]), *(sum(blocks[i : i + 3]) for i in range(len(blocks)))])
+    return every - every // processes - rest - gathered
+
+
+def _frozen_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
 
 
 def step_loss(

@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from diffusers.optimization import get_scheduler
 
+from ..errors import InputError
 from .settings import OptimizerSettings
+
+POLYNOMIAL_END = 1e-7  # diffusers' polynomial schedule goes down to this rate
+
+
+def check_schedule(settings: OptimizerSettings, steps: int) -> None:
+    """Raise InputError for a polynomial schedule that fails in diffusers, at its start or after the last step."""
+    if settings.schedule != "polynomial":
+        return
+    if settings.rate <= POLYNOMIAL_END:
+        raise InputError(f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}: --learning_rate must be above that.")
+    if settings.warmup_steps == steps:
+        raise InputError(f"--lr_scheduler polynomial needs --lr_warmup_steps other than the run's {steps} steps.")
 
 
 def make_optimizer(

@@ -16,27 +16,20 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-from .errors import Diverged, InputError, Interrupted, NotPublished, NotWritten
+from ..errors import Diverged, InputError, Interrupted, NotPublished, NotWritten
+from ..text import forgive_streams
+from .environment import take_environment
 from .settings import Settings
 
 logger = logging.getLogger("train_dreambooth_s2ft")
-SHARDING = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_TP": "tensor parallelism",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism of several dimensions",
-}
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-CHATTY = ("httpx", "torch.distributed", "accelerate", "s2ft_diffusion.tuner.model")
+CHATTY = ("httpx", "httpx2", "torch.distributed", "accelerate", "s2ft_diffusion.tuner.model")
 PER_LAYER = ("bitsandbytes.autograd._functions",)  # a warning in every forward pass of every layer
 
 
 def set_up_logging() -> None:
     """The recipe's own lines on standard output; libraries speak up for warnings only."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show is no reason to stop
-            stream.reconfigure(errors="backslashreplace")
+    forgive_streams()
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -53,7 +46,7 @@ def make_accelerator(settings: Settings) -> Accelerator:
     Raises InputError where accelerate's environment or configuration asks for what the run would not do, or not say.
     """
     output_dir, compute, logs = settings.output_dir, settings.compute, settings.logs
-    _check_environment(settings.length.accumulation)
+    take_environment(settings.length.accumulation, settings.optimizer.max_grad_norm)
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=settings.length.accumulation,
@@ -62,37 +55,16 @@ def make_accelerator(settings: Settings) -> Accelerator:
             project_config=ProjectConfiguration(str(output_dir), str(output_dir / logs.folder)),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-    except (ValueError, ImportError) as error:
+        torch.empty(1, device=accelerator.device).cpu()  # a device that its environment names may not be there
+    # What accelerate and torch raise for a flag, a backend or a device of the environment that they do not have.
+    except (ValueError, ImportError, RuntimeError, AssertionError, KeyError, NotImplementedError) as error:
         raise InputError(f"accelerate cannot set up the run: {' '.join(str(error).split())}") from None
-    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
-        raise InputError(f"accelerate is set to {accelerator.mixed_precision}; choose another --mixed_precision.")
-    if compute.mixed_precision is None and accelerator.mixed_precision != "no":
-        logger.info("Mixed precision is %s, by accelerate's configuration.", accelerator.mixed_precision)
+    if compute.mixed_precision != "no":
+        logger.info("Mixed precision is %s.", compute.mixed_precision)
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     if compute.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
-
-
-def _check_environment(accumulation: int) -> None:
-    """What `accelerate launch`, its configuration or a person has put into the environment beside the flags."""
-    said = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(accumulation))
-    if said != str(accumulation):
-        raise InputError(
-            f"accelerate's environment says {said} gradient accumulation steps, --gradient_accumulation_steps says "
-            f"{accumulation}; give both the same number."
-        )
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if backend.lower() != "no":
-        raise InputError(
-            f"accelerate's environment asks for the dynamo backend {backend}, which training does not use."
-        )
-    for name, sharding in SHARDING.items():
-        if os.environ.get(name, "false").lower() in ("1", "true", "yes", "on", "y", "t"):
-            raise InputError(
-                f"accelerate's configuration asks for {sharding}, which would hold the adapter in pieces; several "
-                "processes train with plain data parallelism."
-            )
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +13,9 @@ import torch
 import transformers
 
 from .. import toybox
+from ..errors import InputError
 from ..families import Conditions, Family
 from .base import base_options, find_family
-from .errors import InputError
 from .settings import BaseSettings, Settings
 
 logger = logging.getLogger("train_dreambooth_s2ft")
@@ -54,14 +56,14 @@ def loses_subject(prompt: str, subject: Collection[str], windows: list[tuple[Any
         return False
     read: set[str] = set()
     for tokenizer, window in windows:
-        tokens = tokenizer(prompt, verbose=False).input_ids
-        read |= words(tokenizer.decode(tokens[: window - 1], skip_special_tokens=True))
+        read |= words(prompt[: _read_to(prompt, tokenizer, window)])
     return not words(prompt).intersection(subject) <= read
 
 
 def words(prompt: str) -> set[str]:
-    """The words of a prompt, in lower case."""
-    return set(re.findall(r"\w+", prompt.lower()))
+    """The words of a prompt, in lower case, and its symbols: an emoji names a subject as well as a word does."""
+    symbols = {c for c in prompt if not c.isascii() and unicodedata.category(c).startswith("S")}
+    return set(re.findall(r"\w+", prompt.lower())) | symbols
 
 
 COMMON_WORDS = frozenset("a an and at by for from in of on the to with photo picture image".split())
@@ -100,12 +102,23 @@ def _present(index: Mapping[str, Any], name: str) -> bool:
 
 def lost_words(prompt: str, windows: list[tuple[Any, int]]) -> str:
     """The end of a prompt that no text encoder reads: what the widest window cuts off."""
-    ends = []
-    for tokenizer, window in windows:
-        tokens = tokenizer(prompt, verbose=False).input_ids
-        cut = tokens[window - 1 :] if len(tokens) > window else []  # the last place is that of the end's token
-        ends.append(tokenizer.decode(cut, skip_special_tokens=True).strip())
+    ends = [prompt[_read_to(prompt, *window) :].strip() for window in windows]
     return min(ends, key=len, default="")
+
+
+def _read_to(prompt: str, tokenizer: Any, window: int) -> int:
+    """How many of a prompt's characters a text encoder reads, of whole words and symbols.
+
+    By what fits into its window: what tokens decode to need not be what was written, and is nothing for an unknown one.
+    """
+
+    def tokens(characters: int) -> int:
+        return len(tokenizer(prompt[:characters], verbose=False).input_ids)
+
+    if tokens(len(prompt)) <= window:
+        return len(prompt)
+    ends = [0, *(found.end() for found in re.finditer(r"\w+|[^\w\s]", prompt))]
+    return ends[bisect_right(ends, window, key=tokens) - 1]
 
 
 class Prompts:

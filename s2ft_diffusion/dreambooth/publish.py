@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import HTTPError  # of whichever httpx the hub's client uses
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -18,9 +17,10 @@ from .. import toybox
 from ..adapters.convert import export
 from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, make_thumbnail, write_adapter
 from ..adapters.lora_files import LORA_NAME
-from .errors import InputError, NotPublished
+from ..errors import InputError, NotPublished
+from ..text import printable
+from .environment import run_date
 from .settings import HubSettings, Settings
-from .text import printable
 
 
 def describe(settings: Settings, facts: dict[str, Any], samples: Sequence[Path] = ()) -> AdapterInfo:
@@ -29,13 +29,12 @@ def describe(settings: Settings, facts: dict[str, Any], samples: Sequence[Path] 
     The date is the day's (or SOURCE_DATE_EPOCH's), so that equal runs make equal files.
     """
     photos, class_prompt = settings.photos, settings.classes.prompt if settings.classes else None
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
     return AdapterInfo(
         base_model=settings.base.name,
         instance_prompt=photos.prompt,
         subject=photos.subject,
         class_name=class_words(class_prompt, photos.prompt) or photos.subject,
-        date=str(date.fromtimestamp(int(epoch)) if epoch else date.today()),
+        date=str(run_date()),
         training=facts,
         thumbnail=make_thumbnail(Image.open(samples[0])) if samples else None,
     )
@@ -121,7 +120,7 @@ def open_repository(folder: Path, hub: HubSettings) -> str:
     """
     try:
         return create_repo(hub.model_id or folder.resolve().name, exist_ok=True, token=hub.token).repo_id
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise InputError(f"--push_to_hub: the repository cannot be created: {error}") from None
 
 
@@ -135,7 +134,7 @@ def push(folder: Path, repository: str, hub: HubSettings, samples: Sequence[Path
             allow_patterns=[WEIGHTS_NAME, LORA_NAME, "README.md", *(f"validation/{path.name}" for path in samples)],
             token=hub.token,
         )
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         raise NotPublished(
             f"The upload to {repository} failed: {error} The adapter is complete: {folder / WEIGHTS_NAME}."
         ) from None
@@ -159,7 +158,10 @@ def publish(
         size, error = write_adapter(path, adapter, settings.dtype)
         written = {"adapter": str(path), "adapter_bytes": size, "adapter_error": error}
         if settings.lora_rank is not None:
-            lora = export(adapter, path.parent / LORA_NAME, to="lora", rank=settings.lora_rank or None)
+            try:
+                lora = export(adapter, path.parent / LORA_NAME, to="lora", rank=settings.lora_rank or None)
+            except ValueError as problem:
+                raise NotPublished(f"The LoRA was not written: {problem} The adapter is complete: {path}.") from None
             written |= {"lora_bytes": lora.bytes, "lora_rank": lora.ranks[1], "lora_error": lora.relative_error}
         else:
             (path.parent / LORA_NAME).unlink(missing_ok=True)  # an earlier run's, of another adapter

@@ -100,7 +100,7 @@ class EstimateSettings:
     def of(
         cls, preset: str, kind: Estimate | None = None, draws: int | None = None, *, frozen: bool = False
     ) -> EstimateSettings:
-        """What is not given is the preset's; weights that are `frozen` (packed, offloaded) are not trained for it."""
+        """What is not given is the preset's; `frozen` weights (packed, offloaded, sharded) are not trained for it."""
         kind = kind or ("scaled" if frozen and ESTIMATES[preset] == "full" else ESTIMATES[preset])
         return cls(kind, ESTIMATE_DRAWS if draws is None and kind != "full" else draws)
 
@@ -149,19 +149,20 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Precision and memory; `mixed_precision` None is accelerate's own setting.
+    """Precision and memory; `mixed_precision` is "no", "fp16" or "bf16".
 
     `quantize` packs the frozen linear layers of denoiser and text encoders ("nf4", "int8" or "float8"), `offload` keeps
-    the denoiser's blocks in host memory, which takes gradient checkpointing. `check` stops a run that needs more memory
-    than its device has.
+    the denoiser's blocks in host memory, which takes gradient checkpointing, `shard` is the number of processes that
+    its weights are shared out over. `check` stops a run that needs more memory than its device has.
     """
 
-    mixed_precision: str | None = None
+    mixed_precision: str = "no"
     allow_tf32: bool = False
     xformers: bool = False
     gradient_checkpointing: bool = False
     quantize: str | None = None
     offload: bool = False
+    shard: int = 1
     check: bool = True
 
 

@@ -15,7 +15,10 @@ from .settings import ValidationSettings
 
 
 class Validation:
-    """Sample images with the adapter as it is, from generators of their own: training does not notice."""
+    """Sample images with the adapter as it is, from generators of their own: training does not notice.
+
+    With a base that is shared out, all processes make the same images `together`.
+    """
 
     def __init__(
         self,
@@ -25,20 +28,22 @@ class Validation:
         resolution: int,
         family: Family,
         accelerator: Accelerator,
+        together: bool = False,
     ) -> None:
         self.settings, self.folder, self.seed, self.resolution = settings, folder, seed, resolution
-        self.family, self.accelerator = family, accelerator
+        self.family, self.accelerator, self.together = family, accelerator, together
 
     @torch.no_grad()
     def __call__(self, name: str, step: int) -> list[Path]:
         """Write `<name>-<i>.png`, show them to the trackers; returns the paths (none without a prompt)."""
-        if self.settings is None or not self.accelerator.is_main_process:
+        writes = self.accelerator.is_main_process
+        if self.settings is None or not (writes or self.together):
             return []
         pipeline = self.family.pipeline
         away = self.family.away()
         for model in away:
             model.to(self.accelerator.device)
-        pipeline.set_progress_bar_config(desc="validate", leave=False)
+        pipeline.set_progress_bar_config(desc="validate", leave=False, disable=not writes)
         with self.accelerator.autocast():
             images = pipeline(
                 prompt=[self.settings.prompt] * self.settings.images,
@@ -47,6 +52,8 @@ class Validation:
             ).images
         for model in away:
             model.to("cpu")
+        if not writes:
+            return []
         self._log(images, step)
         return self._write(images, name)
 

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from ..dreambooth.errors import InputError
+from ..errors import InputError
 from .family import FAMILIES, Conditions, Configs, Family, Sampling
 
 __all__ = ["FAMILIES", "Conditions", "Configs", "Family", "Sampling", "family_of"]

@@ -17,8 +17,8 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from ..dreambooth.errors import InputError
 from ..dreambooth.settings import LossSettings
+from ..errors import InputError
 from .objectives import FlowObjective, Objective
 
 Configs = Mapping[str, Mapping[str, Any]]  # the base's configs by component: denoiser, "vae", "scheduler"

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from ..dreambooth.errors import InputError
+from ..errors import InputError
 from .family import Family
 from .quantization import Quantization, check_quantization, quantize_model
 

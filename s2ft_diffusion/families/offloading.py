@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..dreambooth.errors import InputError
+from ..errors import InputError
 
 
 class AwayParameter(nn.Parameter):

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from ..dreambooth.errors import InputError
+from ..errors import InputError
 
 Quantization = Literal["nf4", "int8", "float8"]
 QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from ..dreambooth.errors import InputError
 from ..dreambooth.settings import LossSettings
+from ..errors import InputError
 from .family import Conditions, Configs, Family
 from .objectives import NoiseObjective, Objective
 

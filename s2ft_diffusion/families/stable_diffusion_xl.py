@@ -6,8 +6,8 @@ import torch
 from diffusers import EDMEulerScheduler
 from torch import nn
 
-from ..dreambooth.errors import InputError
 from ..dreambooth.settings import LossSettings
+from ..errors import InputError
 from .family import Conditions, Configs
 from .objectives import EDMObjective, Objective
 from .stable_diffusion import NoiseFamily, StableDiffusion

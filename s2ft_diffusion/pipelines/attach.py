@@ -45,14 +45,6 @@ def check_unwrapped(pipeline: DiffusionPipeline) -> None:
             )
 
 
-def check_name(adapter_name: str) -> None:
-    """Raise ValueError for a name that PyTorch's modules have no place for."""
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
-    if hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(f"{adapter_name!r} is a name that PyTorch's modules use themselves; choose another.")
-
-
 def s2ft_layers(pipeline: DiffusionPipeline) -> list[S2FTLayer]:
     """The S2FT layers of all of a pipeline's models."""
     models = adaptable_components(pipeline).values()
@@ -153,6 +145,7 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
             placed.adapter_info = adapter.info
             for name, layer in _named_layers(component, model, adapter_name).items():
                 layer.take_state(adapter_name, layers[name].state())
+                layer.s2ft_delta[adapter_name].loaded = True
     except BaseException:
         for model in attached:
             detach_adapters(model, adapter_name)
@@ -182,13 +175,48 @@ def left_alone(layers: Iterable[S2FTLayer]) -> Iterator[None]:
                 del vars(layer)[name]
 
 
-def activate(components: Mapping[str, nn.Module], adapter_name: str) -> None:
+def activate(models: Iterable[nn.Module], adapter_name: str) -> None:
     """Make an adapter the only active one, S2FT or LoRA, and switch adapters on."""
-    for model in components.values():
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.enable_adapters(enabled=True)
-                module.set_adapter([adapter_name], inference_mode=True)
+    for layer in _peft_layers(models):
+        layer.enable_adapters(enabled=True)
+        layer.set_adapter([adapter_name], inference_mode=True)
+
+
+@contextmanager
+def active_kept(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Adapters that are removed within the block are active nowhere after it, and others are as before: a LoRA's
+    layers and S2FT's know nothing of each other.
+
+    Where no active one is left, PEFT makes each layer's first one active: here the first by name is on all layers. What
+    is trained and what is switched off stay so. Models without S2FT layers are left alone.
+    """
+    models = list(models)
+    if not any(isinstance(layer, S2FTLayer) for layer in _peft_layers(models)):
+        yield
+        return
+    active, present = [active_names(model) for model in models], _adapter_names(models)
+    trained = {parameter for model in models for parameter in model.parameters() if parameter.requires_grad}
+    yield
+    left = _adapter_names(models)
+    kept = [[name for name in names if name not in present - left] for names in active]
+    for model, names in zip(models, kept, strict=True):
+        for layer in _peft_layers([model]):
+            layer.set_adapter(names if any(kept) else sorted(left)[:1], inference_mode=True)
+            for parameter in trained.intersection(layer.parameters()):
+                parameter.requires_grad_(True)
+
+
+def _adapter_names(models: Iterable[nn.Module]) -> set[str]:
+    return {name for model in models for name in getattr(model, "peft_config", {})}
+
+
+def active_names(model: nn.Module) -> list[str]:
+    """What a model's layers say is active: also names of adapters that other models of a pipeline have."""
+    return next((list(layer.active_adapters) for layer in _peft_layers([model])), [])
+
+
+def _peft_layers(models: Iterable[nn.Module]) -> Iterator[BaseTunerLayer]:
+    return (module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 def inject_adapter(model: nn.Module, config: S2FTConfig, adapter_name: str) -> None:
@@ -248,10 +276,9 @@ def swap_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapter_
             if isinstance(module, S2FTLayer) and adapter_name in module.s2ft_delta:
                 module.s2ft_config[adapter_name] = config
         for name, layer in _named_layers(component, model, adapter_name).items():
-            delta = layer.s2ft_delta[adapter_name]
-            for key, tensor in layers[name].state().items():
-                getattr(delta, key).copy_(tensor.float() * factor if key == "coefficients" else tensor)
-            delta.forget()
+            state = layers[name].state()
+            state["coefficients"] = state["coefficients"].float() * factor
+            layer.s2ft_delta[adapter_name].load_state_dict(state)
             layer.prepare()
 
 
@@ -299,9 +326,10 @@ def detach_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
     _forget_empty_config(model)
 
 
-def drop_empty_layers(model: nn.Module) -> bool:
-    """Put what S2FT layers without adapters wrap in their place; returns whether there were any."""
-    empty = [(n, m) for n, m in model.named_modules() if isinstance(m, S2FTLayer) and not m.s2ft_delta]
+def drop_empty_layers(model: nn.Module, of: type[BaseTunerLayer] = S2FTLayer) -> bool:
+    """Put what layers of a kind wrap in their place where they have no adapters; returns whether there were any."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, of)]
+    empty = [(n, m) for n, m in layers if not any(len(getattr(m, adapters)) for adapters in m.adapter_layer_names)]
     for name, layer in reversed(empty):  # inside first: names outside stay true
         _replace(model, name, layer.base_layer)
     if empty:

@@ -1,31 +1,37 @@
 """diffusers' own verbs beside S2FT: they walk over every PEFT layer as if it were a LoRA's.
 
 `set_adapters`, `enable_lora`, `disable_lora`, `get_active_adapters` and `get_list_adapters` mean adapters of any kind.
-Those guarded here take what is their own, and the adapter loaded last, of whatever kind, is the active one. A pipeline
-without S2FT layers runs diffusers' code alone.
+Those guarded here take what is their own, of a pipeline and of one model; the adapter loaded last, of whatever kind, is
+the active one, and what is left of several is active when that goes. A pipeline without S2FT layers runs diffusers'
+code alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+import transformers.integrations.peft
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.loaders import lora_pipeline
+from diffusers.loaders import lora_base, lora_pipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models import controlnets
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..adapters.names import module_name
 from ..tuner.layer import S2FTLayer
 from .attach import (
     activate,
+    active_kept,
+    active_names,
     adaptable_components,
     drop_empty_layers,
     left_alone,
@@ -46,10 +52,19 @@ def install_guards() -> None:
         (LoraBaseMixin, "unfuse_lora", _unfuse_lora),
         (LoraBaseMixin, "delete_adapters", _delete_adapters),
         (LoraBaseMixin, "set_lora_device", _set_lora_device),
+        (LoraBaseMixin, "get_active_adapters", _get_active_adapters),
+        (lora_base, "_remove_text_encoder_monkey_patch", _unload_from_model),
+        (PeftAdapterMixin, "unload_lora", _unload_from_model),
+        (PeftAdapterMixin, "load_lora_adapter", _load_into_model),
+        (transformers.integrations.peft.PeftAdapterMixin, "load_adapter", _load_into_model),
         (PeftAdapterMixin, "fuse_lora", _on_a_model),
         (PeftAdapterMixin, "unfuse_lora", _on_a_model),
         (PeftAdapterMixin, "delete_adapters", _delete_from_model),
+        (LoraBaseMixin, "write_lora_layers", _write_lora_layers),
+        (PeftAdapterMixin, "save_lora_adapter", _save_lora_adapter),
         (DiffusionPipeline, "save_pretrained", _save_pretrained),
+        (ModelMixin, "save_pretrained", _save_model),
+        (PreTrainedModel, "save_pretrained", _save_model),
     ):
         setattr(owner, name, guard(getattr(owner, name)))
     for loader in vars(lora_pipeline).values():
@@ -60,6 +75,9 @@ def install_guards() -> None:
         for name in ("from_unet", "from_unet2d", "from_transformer"):
             if name in vars(kind):
                 setattr(kind, name, classmethod(_copies(vars(kind)[name].__func__)))
+    # Pipelines of several classes can share a text encoder, and any model can be adapted without a pipeline.
+    _guard_all(DiffusionPipeline, "encode_prompt", _encode_prompt)
+    _guard_all(ModelMixin, "fuse_qkv_projections", _fuse_qkv)
 
 
 # Each takes its own --------------------------------------------------------------------------------------------------
@@ -118,13 +136,22 @@ def _set_lora_device(original: Method) -> Method:
 
 
 def _unload_lora(original: Method) -> Method:
+    @functools.wraps(original)
+    def unload_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with active_kept(adaptable_components(self).values()):
+            return original(self, *args, **kwargs)
+
+    return unload_lora_weights
+
+
+def _unload_from_model(original: Method) -> Method:
     """Unloading LoRAs strips every PEFT layer; S2FT layers are put back, the very same, with all their state."""
 
     @functools.wraps(original)
-    def unload_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = [(model, _chains(model), s2ft_configs(model)) for model in adaptable_components(self).values()]
-        result = original(self, *args, **kwargs)
-        for model, chains, configs in kept:
+    def unload_lora(model: nn.Module) -> None:
+        chains, configs = _chains(model), s2ft_configs(model)
+        with active_kept([model]):
+            original(model)
             for name, layers in chains.items():
                 module = model.get_submodule(name)
                 for layer in layers:
@@ -135,9 +162,9 @@ def _unload_lora(original: Method) -> Method:
             if chains:
                 model.peft_config = configs
                 model._hf_peft_config_loaded = True
-        return result
+                _maybe_remove_and_reapply_group_offloading(model)
 
-    return unload_lora_weights
+    return unload_lora
 
 
 def _chains(model: nn.Module) -> dict[str, list[S2FTLayer]]:
@@ -155,48 +182,64 @@ def _chains(model: nn.Module) -> dict[str, list[S2FTLayer]]:
 def _load_lora(original: Method) -> Method:
     @functools.wraps(original)
     def load_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = _names(self)
+        models = adaptable_components(self)
+        before = _names(models.values())
         result = original(self, *args, **kwargs)
-        if s2ft_layers(self) and (new := [name for name in _names(self) if name not in before]):
-            activate(adaptable_components(self), new[-1])
+        if s2ft_layers(self) and (new := [name for name in _names(models.values()) if name not in before]):
+            activate(models.values(), new[-1])
         return result
 
     return load_lora_weights
 
 
-def _names(pipeline: DiffusionPipeline) -> list[str]:
-    models = adaptable_components(pipeline).values()
+def _load_into_model(original: Method) -> Method:
+    """PEFT makes what it adds active on layers of its own kind alone."""
+
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _names([self])
+        result = original(self, *args, **kwargs)
+        mixed = any(isinstance(module, S2FTLayer) for module in self.modules())
+        if mixed and (new := [name for name in _names([self]) if name not in before]):
+            activate([self], new[-1])
+        return result
+
+    return load_adapter
+
+
+def _names(models: Iterable[nn.Module]) -> list[str]:
     return [name for model in models for name in getattr(model, "peft_config", {})]
 
 
-def set_active(pipeline: DiffusionPipeline, names: list[str]) -> None:
-    """The active adapters on every layer, of whatever kind; what is switched off stays off."""
-    for model in adaptable_components(pipeline).values():
-        for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
-                module.set_adapter(names, inference_mode=True)
+def _get_active_adapters(original: Method) -> Method:
+    """diffusers asks one layer of the last model; models may differ, and a layer names what other models have."""
+
+    @functools.wraps(original)
+    def get_active_adapters(self: Any) -> list[str]:
+        if not s2ft_layers(self):
+            return original(self)
+        models = adaptable_components(self).values()
+        found = [name for model in models for name in active_names(model) if name in getattr(model, "peft_config", {})]
+        return list(dict.fromkeys(found))
+
+    return get_active_adapters
 
 
 # What stays behind ---------------------------------------------------------------------------------------------------
 
 
 def _delete_adapters(original: Method) -> Method:
-    """With its last adapter a layer goes, too: the model is the base again, to be saved or copied.
-
-    Where no active adapter is left, PEFT makes each layer's first one active: here it is one for all layers.
-    """
+    """With its last adapter a layer goes, too: the model is the base again, to be saved or copied."""
 
     @functools.wraps(original)
     def delete_adapters(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not s2ft_layers(self):
             return original(self, *args, **kwargs)
-        active = self.get_active_adapters()
-        with offloading_paused(self):
+        models = adaptable_components(self).values()
+        with offloading_paused(self), active_kept(models):
             result = original(self, *args, **kwargs)
-            for model in adaptable_components(self).values():
+            for model in models:
                 drop_empty_layers(model)
-            left = sorted(_names(self))
-            set_active(self, [name for name in active if name in left] or left[:1])
         return result
 
     return delete_adapters
@@ -205,9 +248,10 @@ def _delete_adapters(original: Method) -> Method:
 def _delete_from_model(original: Method) -> Method:
     @functools.wraps(original)
     def delete_adapters(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        if drop_empty_layers(self):
-            _maybe_remove_and_reapply_group_offloading(self)
+        with active_kept([self]):
+            result = original(self, *args, **kwargs)
+            if drop_empty_layers(self):
+                _maybe_remove_and_reapply_group_offloading(self)
         return result
 
     return delete_adapters
@@ -216,15 +260,62 @@ def _delete_from_model(original: Method) -> Method:
 def _save_pretrained(original: Method) -> Method:
     @functools.wraps(original)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if names := s2ft_adapters(self):
-            raise ValueError(
-                f"The pipeline has S2FT adapters ({', '.join(names)}), which would be mixed into the base's weights. "
-                "Save them with save_s2ft_weights. For the base alone call unload_s2ft_weights() first; for both in "
-                "one, fuse_s2ft() and then unload_s2ft_weights()."
-            )
+        _base_alone("pipeline", s2ft_adapters(self), adaptable_components(self).values())
         return original(self, *args, **kwargs)
 
     return save_pretrained
+
+
+def _save_model(original: Method) -> Method:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # transformers writes a model's adapters, in PEFT's format, where diffusers mixes them into the base.
+        names = [] if isinstance(self, PreTrainedModel) else list(s2ft_configs(self))
+        _base_alone("model", names, [self])
+        return original(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _base_alone(owner: str, names: list[str], models: Iterable[nn.Module]) -> None:
+    """Refuse what would be saved as a base that cannot be read again: PEFT's layers change the names of its weights.
+
+    diffusers leaves LoRA's layers behind when it deletes the last LoRA; those without adapters make way here.
+    """
+    if names:
+        raise ValueError(
+            f"The {owner} has S2FT adapters ({', '.join(names)}), which would be mixed into the base's weights. "
+            "Save them with save_s2ft_weights. For the base alone call unload_s2ft_weights() first; for both in "
+            "one, fuse_s2ft() and then unload_s2ft_weights()."
+        )
+    for model in models:
+        drop_empty_layers(model, of=BaseTunerLayer)
+
+
+def _save_lora_adapter(original: Method) -> Method:
+    @functools.wraps(original)
+    def save_lora_adapter(
+        self: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> Any:
+        if adapter_name in s2ft_configs(self):
+            raise ValueError(
+                f"{adapter_name!r} is an S2FT adapter; save it with save_s2ft_weights, or save_s2ft_as_lora."
+            )
+        return original(self, save_directory, adapter_name, *args, **kwargs)
+
+    return save_lora_adapter
+
+
+def _write_lora_layers(original: Method) -> Method:
+    @functools.wraps(original)
+    def write_lora_layers(state_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if any(".s2ft_delta." in name for name in state_dict):
+            raise ValueError(
+                "These are an S2FT adapter's tensors; save it with save_s2ft_weights, or save_s2ft_as_lora."
+            )
+        return original(state_dict, *args, **kwargs)
+
+    return staticmethod(write_lora_layers)
 
 
 def _copies(original: Method) -> Method:
@@ -243,12 +334,21 @@ def _copies(original: Method) -> Method:
     return from_model
 
 
-def guard_encode_prompt(kind: type[DiffusionPipeline]) -> None:
+def _fuse_qkv(original: Method) -> Method:
+    """Fusing q, k and v copies base weights, which would silently drop an unfused adapter."""
+
+    @functools.wraps(original)
+    def fuse_qkv_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, module in self.named_modules():
+            if isinstance(module, S2FTLayer) and module.s2ft_delta and not module.merged:
+                raise ValueError(f"{name} has an unfused S2FT adapter; call fuse_s2ft() before fuse_qkv_projections().")
+        return original(self, *args, **kwargs)
+
+    return fuse_qkv_projections
+
+
+def _encode_prompt(original: Method) -> Method:
     """diffusers scales a text encoder's adapters, encodes, and scales back; not so if encoding fails. Here it does."""
-    owner = next((owner for owner in kind.__mro__ if "encode_prompt" in vars(owner)), None)
-    if owner is None or hasattr(owner.encode_prompt, "_s2ft_guard"):
-        return
-    original = owner.encode_prompt
 
     @functools.wraps(original)
     def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -260,5 +360,26 @@ def guard_encode_prompt(kind: type[DiffusionPipeline]) -> None:
                 layer.s2ft_passing_scales = scales
             raise
 
-    encode_prompt._s2ft_guard = True
-    owner.encode_prompt = encode_prompt
+    return encode_prompt
+
+
+def _guard_all(base: type, name: str, guard: Callable[[Method], Method]) -> None:
+    """Wrap a method of every subclass of `base`, those that diffusers imports later too, where each one has it from."""
+
+    def __init_subclass__(cls: type, **kwargs: Any) -> None:
+        super(base, cls).__init_subclass__(**kwargs)
+        wrap(cls)
+
+    def wrap(kind: type) -> None:
+        for owner in kind.__mro__:
+            original = vars(owner).get(name)
+            if inspect.isfunction(original) and not hasattr(original, "_s2ft_guard"):
+                guarded = guard(original)
+                guarded._s2ft_guard = True
+                setattr(owner, name, guarded)
+
+    base.__init_subclass__ = classmethod(__init_subclass__)
+    kinds = [base]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        wrap(kind)

@@ -21,13 +21,14 @@ from ..adapters.file import WEIGHTS_NAME, Adapter, AdapterInfo, adapter_from_pef
 from ..adapters.lora_files import LORA_NAME
 from ..tuner.config import S2FTConfig
 from ..tuner.layer import S2FTLayer
+from ..tuner.model import check_name
 from .attach import (
     activate,
+    active_kept,
     adaptable_components,
     adapter_info,
     attach_adapter,
     check_fits,
-    check_name,
     check_swap,
     check_unwrapped,
     denoiser_name,
@@ -37,7 +38,7 @@ from .attach import (
     s2ft_layers,
     swap_adapter,
 )
-from .guards import guard_encode_prompt, install_guards
+from .guards import install_guards
 from .offloading import offloading_paused
 from .sources import find_adapter_file, read_any_adapter
 
@@ -119,9 +120,7 @@ def load_s2ft_weights(
             swap_adapter(components, adapter, adapter_name)
         else:
             attach_adapter(components, adapter, adapter_name)
-            activate(components, adapter_name)
-    if any(component.startswith("text_encoder") for component in adapter.layers):
-        guard_encode_prompt(type(self))
+            activate(components.values(), adapter_name)
     return adapter_name
 
 
@@ -199,8 +198,9 @@ def unload_s2ft_weights(self: DiffusionPipeline) -> None:
     Unfused adapters leave no trace. What has been fused stays in the weights, as after `unload_lora_weights`, and the
     originals are forgotten; call `unfuse_s2ft` first for the base as it was.
     """
-    with offloading_paused(self):
-        for model in adaptable_components(self).values():
+    models = adaptable_components(self).values()
+    with offloading_paused(self), active_kept(models):
+        for model in models:
             detach_adapters(model)
 
 

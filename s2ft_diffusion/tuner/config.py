@@ -44,7 +44,8 @@ class S2FTConfig(PeftConfig):
         target_modules: names of the linear layers and convolutions to adapt, or a regular expression, or "all-linear",
             as in PEFT. `s2ft_diffusion.attention_targets` lists a diffusion model's attention projections, or more.
         exclude_modules: names of, or a regular expression for, layers to leave alone.
-        n_frequency: real trainable numbers in each layer; an int, or a float below 1 for a share of the layer's d * k.
+        n_frequency: at most so many real trainable numbers in each layer; an int, or a float below 1 for a share of
+            the layer's d * k.
         n_frequency_pattern: layer names or regular expressions to their own `n_frequency`.
         scaling: the factor alpha of Eq. 3, applied to every delta weight.
         positions: "grid" (a table between row and column frequency functions; three thin products, exactly a LoRA) or
@@ -110,9 +111,12 @@ class S2FTConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if not isinstance(self.n_frequency_pattern, dict):
+            raise ValueError(f"n_frequency_pattern must be a dict, got {self.n_frequency_pattern!r}.")
         pattern = {f"n_frequency_pattern[{name!r}]": value for name, value in self.n_frequency_pattern.items()}
         for name, value in {"n_frequency": self.n_frequency, **pattern}.items():
-            if isinstance(value, bool) or value <= 0 or (isinstance(value, float) and value >= 1):
+            share = isinstance(value, float) and 0 < value < 1  # which nan is not
+            if not share and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an int of at least 1 or a share above 0 and below 1, got {value!r}.")
         for name in ("scaling", "gamma"):
             value = getattr(self, name)
@@ -130,6 +134,14 @@ class S2FTConfig(PeftConfig):
             raise ValueError('oversampling is a choice of positions="grid".')
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform.")
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """PEFT's door for what it has loaded; a config of a release that had no grids says nothing of `positions`."""
+        if "positions" not in kwargs:
+            kwargs["positions"] = "free"
+            kwargs.pop("bias", None)  # it was always "none"
+        return super().from_peft_type(**kwargs)
 
     @classmethod
     def from_preset(cls, preset: str, **options: Any) -> S2FTConfig:

@@ -218,10 +218,9 @@ def estimate_by_training(
         for name, weight in trained.items():
             weight.check(name)
     finally:
-        arrivals.close()
         with _uninterrupted():
-            for weight in trained.values():
-                weight.restore()
+            arrivals.close()
+            _restore(trained)
     return WeightChange({name: as_matrix(weight.base, weight.kept) for name, weight in trained.items()})
 
 
@@ -314,11 +313,30 @@ class _TrainedWeight:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Bring the weight back, bit for bit, and keep the change instead."""
-        before = self.kept.to(self.weight.device)
-        change = (self.weight.detach() - before).cpu()
-        self.weight.copy_(before)
-        self.kept.copy_(change)
+        """Bring the weight back, bit for bit, and keep the change instead.
+
+        Nothing is made on the device, which may be why training has stopped.
+        """
+        try:
+            trained = self.weight.detach().to("cpu", copy=True)
+        finally:
+            self.weight.copy_(self.kept)
+        self.kept = trained.sub_(self.kept)
+
+
+def _restore(trained: Mapping[str, _TrainedWeight]) -> None:
+    """Bring all weights back; what fails for one is said when the others are done."""
+    failures: dict[str, Exception] = {}
+    for name, weight in trained.items():
+        try:
+            weight.restore()
+        except Exception as error:
+            failures[name] = error
+    if failures:
+        raise RuntimeError(  # not `from` one of them: what ended the estimate is shown with it
+            f"The weights of {', '.join(failures)} could not be restored after the estimate "
+            f"({next(iter(failures.values()))}): load the base again."
+        )
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

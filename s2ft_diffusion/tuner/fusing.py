@@ -12,6 +12,8 @@ from torch import nn
 
 # A fused change that its own rounding alters by more than this share is worth a warning.
 FUSE_ROUNDING_LIMIT = 0.05
+# Not float8, whose rounding would leave little of a change.
+FUSED_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Fusing:
         """Add the delta weights of the active (or the named) adapters to the base weight, `scale` times.
 
         The weight as it was is kept on the CPU, so that `unmerge` restores it bit for bit; that costs one copy of every
-        adapted weight. With `safe_merge`, raises ValueError and changes nothing if the sum is not finite.
+        adapted weight. Raises TypeError for a packed (quantised) weight. With `safe_merge`, raises ValueError and
+        changes nothing if the sum is not finite.
         """
         adapter_names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.s2ft_delta]
         scales = {name: self.effective_scale(name) * scale for name in adapter_names}
@@ -56,9 +59,10 @@ class Fusing:
         if scales:
             self._fuse(scales, safe_merge)
 
+    @torch.inference_mode(False)  # a sum made under it could not be trained or changed outside
     def _fuse(self, scales: dict[str, float], safe: bool = False) -> None:
         weight = self.get_base_layer().weight
-        full = weight.dtype.is_floating_point and weight.shape == self._weight_shape
+        full = weight.dtype in FUSED_TYPES and weight.shape == self._weight_shape
         if not full or type(weight.data) is not torch.Tensor:
             kind = weight.dtype if type(weight.data) is torch.Tensor else type(weight.data).__name__
             raise TypeError(f"An S2FT adapter cannot be fused into a {kind} weight; use it unfused.")
@@ -74,9 +78,10 @@ class Fusing:
         original = self._fused.original if self._fused else weight.data.detach().to("cpu")
         before = self._fused.scales if self._fused else {}
         self._fused = Fused(original, {**before, **scales}, fused.dtype, fingerprint(fused))
-        weight.data = fused
+        self._set_weight(fused)
         self.merged_adapters.extend(scales)
 
+    @torch.inference_mode(False)
     def unmerge(self) -> None:
         """Restore the base weight to what it was before merging, bit for bit (in the type it has by now).
 
@@ -90,9 +95,9 @@ class Fusing:
         weight, fused = self.get_base_layer().weight, self._fused
         with torch.no_grad():
             if self._is_as_fused(weight.data):
-                weight.data = fused.original.to(weight.device, weight.dtype)
+                self._set_weight(fused.original.to(weight.device, weight.dtype))
             else:
-                weight.data = self._add_deltas(weight.data, {n: -s for n, s in fused.scales.items()})
+                self._set_weight(self._add_deltas(weight.data, {n: -s for n, s in fused.scales.items()}))
         self._fused = None
         self.merged_adapters.clear()
 
@@ -114,7 +119,15 @@ class Fusing:
 
     def restore_fused_state(self, state: tuple[torch.Tensor, Fused | None, list[str]]) -> None:
         """Undo every merge since `fused_state`."""
-        self.get_base_layer().weight.data, self._fused, self.merged_adapters[:] = state
+        weight, self._fused, self.merged_adapters[:] = state
+        self._set_weight(weight)
+
+    def _set_weight(self, data: torch.Tensor) -> None:
+        layer = self.get_base_layer()
+        if layer.weight.is_inference():  # made under `torch.inference_mode`: it cannot hold an ordinary tensor
+            layer.weight = nn.Parameter(data, layer.weight.requires_grad)
+        else:
+            layer.weight.data = data
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it is fused, it is taken out of the weight, and others that are fused stay."""

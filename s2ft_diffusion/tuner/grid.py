@@ -142,12 +142,18 @@ def row_matrix(
     return torch.empty_like(values).index_copy_(0, order.long(), values).mul_(sign.to(dtype)[:, None])
 
 
-def full_table(coefficients: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The table (r1, r2) of coefficients (r1, r2), or (n,) at the grid's places; differentiable."""
-    if grid.places is None:
+def full_table(coefficients: torch.Tensor, places: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor:
+    """The table (rows, columns) of coefficients (rows, columns), or (n,) at flat `places` (n,); differentiable."""
+    if places is None:
         return coefficients
-    rows, columns = len(grid.row_functions), len(grid.column_functions)
-    return coefficients.new_zeros(rows * columns).index_copy(0, grid.places.long(), coefficients).view(rows, columns)
+    return coefficients.new_zeros(rows * columns).index_copy(0, places.long(), coefficients).view(rows, columns)
+
+
+def as_lora(up: torch.Tensor, table: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """B (d, r) and A (r, k) with B @ A = up (d, r1) @ table (r1, r2) @ down (r2, k); r = min(r1, r2)."""
+    if len(table) < len(down):
+        return up, table @ down
+    return up @ table, down.contiguous()
 
 
 def grid_factors(
@@ -156,10 +162,8 @@ def grid_factors(
     """B (d, r) and A (r, k) with B @ A the unscaled weight change, r = min(r1, r2): the change as a LoRA, exactly."""
     up = row_matrix(grid.row_functions, rearrangement.row_order, rearrangement.row_sign, dtype=dtype)
     down = row_matrix(grid.column_functions, rearrangement.column_order, rearrangement.column_sign, dtype=dtype).T
-    table = full_table(coefficients.to(dtype), grid)
-    if len(grid.row_functions) < len(grid.column_functions):
-        return up, table @ down
-    return up @ table, down.contiguous()
+    table = full_table(coefficients.to(dtype), grid.places, len(grid.row_functions), len(grid.column_functions))
+    return as_lora(up, table, down)
 
 
 def grid_delta(

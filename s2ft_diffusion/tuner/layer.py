@@ -40,7 +40,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s2ft_delta",)
-    other_param_names = ("s2ft_config", "s2ft_scaling", "s2ft_weight", "s2ft_passing_scales", "r")
+    other_param_names = ("s2ft_config", "s2ft_weight", "s2ft_passing_scales", "r")
 
     base_layer_types: ClassVar[tuple[type[nn.Module], ...]]
     rearranges_columns: ClassVar[bool] = True
@@ -63,7 +63,6 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         self._weight_shape = weight_shape(layer)
         self.s2ft_delta = nn.ModuleDict()
         self.s2ft_config: dict[str, S2FTConfig] = {}
-        self.s2ft_scaling: dict[str, float] = {}
         self.s2ft_weight: dict[str, float] = {}
         self.s2ft_passing_scales: dict[str, list[float]] = {}
         self.r: dict[str, int] = {}  # trainable numbers; diffusers counts its entries to name the next adapter
@@ -75,11 +74,11 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
 
     @abstractmethod
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What the base layer does to x, with another weight of the same shape."""
+        """What the base layer does to x (rows, ..., k, or a convolution's), with another weight of the same shape."""
 
     @abstractmethod
     def _multiply_thin(self, x: torch.Tensor, factors: ThinFactors) -> torch.Tensor:
-        """The same with the weight up @ table @ down, never made."""
+        """The same with the weight up (d, r1) @ table (r1, r2) @ down (r2, k), which is not made unless it is small."""
 
     def _as_weight(self, delta: torch.Tensor) -> torch.Tensor:
         """A weight change (d, k) in the shape of the base layer's weight."""
@@ -98,7 +97,6 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         delta.draw_later(config, seeded(config.seed, name), name)
         self.s2ft_delta[adapter_name] = delta
         self.s2ft_config[adapter_name] = config
-        self.s2ft_scaling[adapter_name] = config.scaling
         self.s2ft_weight[adapter_name] = 1.0
         self.r[adapter_name] = delta.coefficients.numel()
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -130,11 +128,11 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
                 delta.forget()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """PEFT's `set_adapter`, but that adapters whose config says `inference_mode` (those that were loaded) stay
-        frozen; what adapters that are no longer active have made is let go."""
+        """PEFT's `set_adapter`, but that adapters which a pipeline has loaded stay frozen while their config says
+        `inference_mode`; what adapters that are no longer active have made is let go."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         for name, delta in self.s2ft_delta.items():
-            if self.s2ft_config[name].inference_mode:
+            if delta.loaded and self.s2ft_config[name].inference_mode:
                 delta.requires_grad_(False)
         self.prepare()
 
@@ -171,7 +169,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
 
     def effective_scale(self, adapter: str) -> float:
         """What an adapter's unscaled delta weight is multiplied by at this moment."""
-        scale = self.s2ft_scaling[adapter] * self.s2ft_weight[adapter]
+        scale = self.s2ft_config[adapter].scaling * self.s2ft_weight[adapter]
         for passing in self.s2ft_passing_scales.get(adapter, ()):
             scale *= passing
         return scale
@@ -185,13 +183,14 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.s2ft_delta]
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The scaled delta weight of an adapter, of the base weight's shape, in float32."""
+        """The scaled delta weight of an adapter, of the base weight's shape, in float32 (float64 for float64
+        coefficients). Raises KeyError for an adapter that is not there."""
         return self._as_weight(self.s2ft_delta[adapter].dense() * self.effective_scale(adapter))
 
     def lora_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
         """B (d, r) and A (r, k), float32, with B @ A the scaled delta weight of an adapter on a grid, exactly.
 
-        Raises TypeError for an adapter at free positions, which is not of low rank.
+        Raises TypeError for an adapter at free positions, which is not of low rank, and KeyError for none.
         """
         delta = self.s2ft_delta[adapter]
         if not isinstance(delta, GridDelta):
@@ -204,7 +203,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         active = self._active_adapter
         scales = {}
         for name in [active] if isinstance(active, str) else active:
-            if name in self.s2ft_scaling and (scale := self.effective_scale(name)) != 0:
+            if name in self.s2ft_config and (scale := self.effective_scale(name)) != 0:
                 scales[name] = scale
         return scales
 
@@ -285,9 +284,7 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> S2FTLayer:
-        """What moves a module: what was made of it lies where it was, in the type that it was."""
-        for delta in self.s2ft_delta.values():
-            delta.forget()
+        """What moves a module, and may change its dtype: what is needed now is made if it was not moved with it."""
         result = super()._apply(*args, **kwargs)
         self.prepare()
         return result
@@ -338,9 +335,12 @@ class S2FTConv(S2FTLayer):
 
     def _multiply_thin(self, x: torch.Tensor, factors: ThinFactors) -> torch.Tensor:
         """r2 fixed filters, then convolutions of kernel size 1: two, or with groups, where each would have all r1
-        functions of its own, one."""
+        functions of its own, one. Many groups, each with its own copy of the filters, take one convolution with the
+        dense change (d, k), which is smaller than the copies."""
         layer, (up, table, down) = self.get_base_layer(), factors
         groups, ones = layer.groups, (1,) * len(layer.kernel_size)
+        if groups > 1 and groups * len(down) > len(up):
+            return layer._conv_forward(x, self._as_weight(up @ (table @ down)), None)
         pointwise = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
         filters = down.view(len(down), *self._weight_shape[1:]).repeat(groups, *(1,) * (1 + len(ones)))
         found = layer._conv_forward(x, filters, None)

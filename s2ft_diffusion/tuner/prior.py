@@ -23,7 +23,7 @@ from .estimate import (
     estimate_by_training,
     has_gradient,
 )
-from .layer import S2FTLayer
+from .layer import S2FTLayer, delta_shape
 from .rearrange import EXACT_ROWS, Rearrangement, find_rearrangement
 from .seeding import seeded
 
@@ -169,8 +169,15 @@ def place_from_prior(
 
     Two layers at a time, and so two of their matrices: much of a search keeps one core busy. A prior of zeros gives
     the identity and low frequencies.
+
+    Raises ValueError, before anything changes, for an adapter that no layer has, and for a prior that lacks a layer,
+    or whose matrix of one (all are named by layer) is of another shape than the weight change (d, k) or not finite.
     """
     layers = s2ft_layers(models, adapter_name)
+    if not layers:
+        raise ValueError(f"There is no S2FT layer with an adapter named {adapter_name!r}.")
+    if is_main_process():  # the others' are not used
+        _check_prior(prior, layers)
 
     def derive(name: str) -> tuple[dict[str, torch.Tensor], Rearrangement]:
         return _derive(name, prior[name], layers[name], adapter_name)
@@ -188,6 +195,17 @@ def place_from_prior(
                     dist.broadcast(state[name], src=0)
                 delta.placed()
             layer.prepare()
+
+
+def _check_prior(prior: Mapping[str, torch.Tensor], layers: Mapping[str, S2FTLayer]) -> None:
+    for name, layer in layers.items():
+        if name not in prior:
+            raise ValueError(f"The prior has no layer named {name!r}; it has {', '.join(prior) or 'none at all'}.")
+        matrix, wanted = prior[name], delta_shape(layer.get_base_layer())
+        if tuple(matrix.shape) != wanted:
+            raise ValueError(f"The prior of {name} has shape {tuple(matrix.shape)} and should have {wanted}.")
+        if not torch.isfinite(matrix).all():
+            raise NotFiniteError(f"The prior of {name} has NaN or infinite entries.")
 
 
 def rearrangement_for(
@@ -211,12 +229,11 @@ def _derive(
 ) -> tuple[dict[str, torch.Tensor], Rearrangement]:
     config = layer.s2ft_config[adapter_name]
     generator = seeded(config.seed, name)  # a layer's draws do not depend on which others are adapted
-    if not prior.any():
-        sampling = "low_frequency" if config.sampling in ("power", "top") else config.sampling
-        config = replace(config, sampling=sampling, rearrange="none")
+    if not (reached := bool(prior.any())):
+        config = replace(config, rearrange="none")
     device = layer.get_base_layer().weight.device if max(prior.shape) > EXACT_ROWS else prior.device
     rearrangement = rearrangement_for(prior.to(device), config, generator, columns=layer.rearranges_columns)
-    latent = rearrangement.invert(prior.cpu())
+    latent = rearrangement.invert(prior.cpu()) if reached else None
     return layer.s2ft_delta[adapter_name].choose(config, latent, generator, name), rearrangement
 
 

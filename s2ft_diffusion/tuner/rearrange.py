@@ -18,6 +18,9 @@ from .long_path import nearest_walk, short_path, sketch_rows_and_columns
 
 Distance = Literal["euclidean", "cosine"]
 
+ORDERS = ("row_order", "column_order")
+SIGNS = ("row_sign", "column_sign")
+
 MAX_2OPT_SWEEPS = 8
 # Above, paths come from sketches (`long_path`): tables of all distances would take too long, or too much memory. The
 # walk alone takes less, and the widest models in the paper have 4,096 rows.

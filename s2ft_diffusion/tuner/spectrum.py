@@ -189,17 +189,18 @@ def distinct_positions(shape: tuple[int, int], kind: CoefficientKind) -> int:
     return (d * k + self_conjugate) // 2
 
 
-def count_numbers(n_frequency: int | float, shape: tuple[int, int]) -> int:
+def count_numbers(n_frequency: int | float, shape: tuple[int, int], *, least: int = 1, most: int | None = None) -> int:
     """The real trainable numbers that `n_frequency` means in a (d, k) layer: itself, or a share below 1 of d * k.
 
-    Raises ValueError for none and for more than d * k.
+    Raises ValueError for fewer than `least` and for more than `most` (d * k).
     """
     d, k = shape
+    most = d * k if most is None else most
     numbers = round(n_frequency * d * k) if isinstance(n_frequency, float) else n_frequency
-    if numbers < 1:
+    if numbers < least:
         raise ValueError(f"n_frequency={n_frequency} buys no coefficient in a {d}x{k} layer.")
-    if numbers > d * k:
-        raise ValueError(f"n_frequency={n_frequency} is more than the {d * k} numbers of a {d}x{k} layer.")
+    if numbers > most:
+        raise ValueError(f"n_frequency={n_frequency} is more than the {most} numbers of a {d}x{k} layer.")
     return numbers
 
 
@@ -210,18 +211,8 @@ def count_positions(n_frequency: int | float, shape: tuple[int, int], kind: Coef
     most four) points that are their own mirrors, where the second has no effect; an odd remainder is left unused.
     Raises ValueError when the layer has too few positions or the budget buys none.
     """
-    d, k = shape
-    numbers = round(n_frequency * d * k) if isinstance(n_frequency, float) else n_frequency
-    positions = numbers // 2 if kind == "complex" else numbers
-    available = distinct_positions(shape, kind)
-    if positions < 1:
-        raise ValueError(f"n_frequency={n_frequency} buys no {kind} coefficient in a {d}x{k} layer.")
-    if positions > available:
-        most = 2 * available if kind == "complex" else available
-        raise ValueError(
-            f"n_frequency={n_frequency} is more than the {most} numbers that a {d}x{k} layer has room for."
-        )
-    return positions
+    cost = 2 if kind == "complex" else 1
+    return count_numbers(n_frequency, shape, least=cost, most=cost * distinct_positions(shape, kind)) // cost
 
 
 def sample_positions(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from s2ft_diffusion.dreambooth.process import exit_codes
+
 GOOD, BAD, OTHER = ("fine great lovely", "poor awful dull", "the a film story cast plot scene of and is was")
 GRID = 56  # numbers of a grid for 60 in a layer of 16 by 16
 TEMPLATE = (
@@ -34,6 +38,21 @@ def quick(folder: Path, *flags: str) -> list[str]:
     """Flags of a run of seconds on one thread."""
     common = "--use_cpu --per_device_train_batch_size 8 --n_frequency 60 --rank 2 --estimate_batches 3 --report_to none"
     return ["--output_dir", str(folder), *common.split(), "--disable_tqdm", "true", *flags]
+
+
+@pytest.fixture
+def ended(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Call an example's main; gives the exit code and the one line on standard error."""
+
+    def run(example: ModuleType, argv: list[str]) -> tuple[int, str]:
+        name = f"{example.__name__}.py"
+        with pytest.raises(SystemExit) as stopped, exit_codes(name):
+            example.main(argv)
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"{name}: ")]
+        assert len(lines) == 1
+        return stopped.value.code, lines[0]
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)

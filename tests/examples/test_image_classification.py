@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import image_classification
@@ -9,8 +10,17 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPImageProcessor,
+    DeiTImageProcessor,
+    ViTImageProcessor,
+)
 
 from s2ft_diffusion.dreambooth.process import exit_codes
 from tests.examples.conftest import GRID, quick
@@ -55,6 +65,62 @@ def test_tuning_scores_training_images_at_another_size(vit, pictures, tmp_path) 
         round(facts["metrics"]["validation_accuracy"] * 4)
     )
     assert "test_accuracy" not in facts["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("processor", "side"),
+    [
+        (DeiTImageProcessor(), 224),  # 256 pixels, of which 224 are cut out
+        (BitImageProcessor(size={"shortest_edge": 256}), 224),  # DINOv2's
+        (BitImageProcessor(size={"shortest_edge": 256}, do_center_crop=False), 256),
+        (ViTImageProcessor(size={"height": 32, "width": 32}), 32),
+    ],
+)
+def test_pictures_have_the_size_that_the_processor_cuts_out(processor, side) -> None:
+    transform, found = image_classification.transforms(processor, None, augment=False)
+    assert found == side
+    assert transform(Image.new("RGB", (300, 200))).shape == (3, side, side)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--image_size 7", "pictures of 7 pixels"),
+        ("--image_size -5", "--image_size must be at least 1"),
+        ("--train_samples -1", "--train_samples must be at least 0"),
+        ("--test_samples -1", "--test_samples must be at least 0"),
+        ("--tune true --train_samples 1", "--tune"),
+        ("--label_column image", "has the pictures"),
+        ("--image_column label --label_column image", "--label_column image: Class encoding"),
+    ],
+)
+def test_refused_before_training(vit, pictures, tmp_path, ended, given, words) -> None:
+    code, line = ended(image_classification, flags(vit, pictures, tmp_path, *given.split()))
+    assert code == 2
+    assert words in line
+
+
+def test_a_broken_picture_is_found_before_training(vit, pictures, tmp_path, ended) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    whole = (folder / "test" / "red" / "1.png").read_bytes()
+    (folder / "test" / "red" / "1.png").write_bytes(whole[: len(whole) // 2])
+    code, line = ended(image_classification, flags(vit, folder, tmp_path / "out"))
+    assert code == 2
+    assert "of the test split" in line
+
+
+def test_clip_is_an_image_classifier(pictures, tmp_path) -> None:
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**tower, "image_size": 32, "patch_size": 8}, text_config=tower)
+    CLIPForImageClassification(config).save_pretrained(tmp_path / "clip")
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(tmp_path / "clip")
+    facts = image_classification.main(
+        flags(str(tmp_path / "clip"), pictures, tmp_path / "out", "--save_strategy", "no")
+    )
+    assert facts["trainable_head"] == 3 * 16 + 3
+    assert facts["trainable"] == 4 * GRID + 3 * 16 + 3
 
 
 def test_bad_input_is_one_line(vit, pictures, tmp_path, capsys, monkeypatch) -> None:

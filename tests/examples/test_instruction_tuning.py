@@ -90,3 +90,34 @@ def test_bad_input_is_one_line(llama, instructions, tmp_path, capsys) -> None:
     assert "line 1 has neither" in refused("--train_file", alpaca, "--questions", file("q.jsonl", {"question": "what"}))
     assert "none.json" in refused("--train_file", str(tmp_path / "none.json"))
     assert "--load_in_4bit" in refused("--train_file", alpaca, "--load_in_4bit", "true")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--max_train_samples 0", "--max_train_samples must be at least 1"),
+        ("--max_new_tokens 0", "--max_new_tokens must be at least 1"),
+        ("--max_length 0", "--max_length must be at least 1"),
+        ("--max_length 65", "above the 64 tokens"),
+        ("--max_length 3", "No answer begins within --max_length 3"),
+        ("--train_file {folder}/messages.jsonl", "Row 1 has no answer"),
+        ("--train_file {folder}/turns.jsonl", "Row 1 has no answer"),
+        ("--train_file {folder}/number.jsonl", "in place of a text"),
+        ("--questions {folder}/list.jsonl", "line 1 has neither text nor turns"),
+        ("--questions {folder}/text.jsonl", "line 1 has neither text nor turns"),
+    ],
+)
+def test_refused_before_training(llama, instructions, tmp_path, ended, given, words) -> None:
+    files = {
+        "messages": {"messages": "say yes"},
+        "turns": {"messages": ["say", "yes"]},
+        "number": {"instruction": "say", "output": 3},
+        "list": ["say"],
+        "text": {"turns": "say"},
+    }
+    for name, row in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    more = ("--validation_share", "0.5", *given.format(folder=tmp_path).split())
+    code, line = ended(instruction_tuning, flags(llama, instructions / "alpaca.json", tmp_path / "out", *more))
+    assert code == 2
+    assert words in line

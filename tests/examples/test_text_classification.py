@@ -13,8 +13,8 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.process import exit_codes
+from s2ft_diffusion.errors import InputError
 from tests.examples.conftest import GRID, quick
 
 
@@ -59,15 +59,17 @@ def test_the_reported_measure_is_the_saved_adapters(bert, reviews, tmp_path) -> 
     assert facts["metrics"]["test_pearson"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_resumed_run_ends_where_a_whole_one_does(bert, reviews, tmp_path) -> None:
+@pytest.mark.parametrize("method", ["s2ft", "lora", "fourierft"])
+def test_resumed_run_ends_where_a_whole_one_does(bert, reviews, tmp_path, method) -> None:
     def adapter(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(folder / "adapter_model.safetensors")
 
-    text_classification.main(flags(bert, reviews, tmp_path / "whole", "--save_total_limit", "5"))
+    more = ("--method", method, "--save_total_limit", "5")
+    text_classification.main(flags(bert, reviews, tmp_path / "whole", *more))
     for name in ("checkpoint-8", "checkpoint-16"):
         assert (tmp_path / "whole" / name).is_dir()
     first, half = tmp_path / "whole" / "checkpoint-8", tmp_path / "half"
-    text_classification.main(flags(bert, reviews, half, "--resume_from_checkpoint", str(first)))
+    text_classification.main(flags(bert, reviews, half, *more, "--resume_from_checkpoint", str(first)))
     whole, resumed = adapter(tmp_path / "whole"), adapter(half)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -93,17 +95,18 @@ def test_a_rate_of_its_own_for_the_head(bert, reviews, tmp_path) -> None:
     [
         ("cola", {"mcc", "accuracy"}),
         ("mnli", {"accuracy"}),
+        ("stsb", {"pearson", "spearman"}),
     ],
 )
 def test_glue_as_the_benchmark_defines_it(bert, tmp_path, monkeypatch, task, measures) -> None:
     columns, _ = text_classification.GLUE[task]
-    label = ClassLabel(num_classes=3 if task == "mnli" else 2)
+    label = Value("float32") if task == "stsb" else ClassLabel(num_classes=3 if task == "mnli" else 2)
     features = Features({**{name: Value("string") for name in columns}, "label": label})
 
     def split(count: int) -> Dataset:
         words = ["a film", "great story", "poor cast", "the plot was dull"]
         rows = {name: [words[(i + len(name)) % 4] for i in range(count)] for name in columns}
-        labels = [i % label.num_classes for i in range(count)]
+        labels = [i % 5 / 2 if task == "stsb" else i % label.num_classes for i in range(count)]
         return Dataset.from_dict({**rows, "label": labels}, features=features)
 
     names = ["validation_matched", "validation_mismatched"] if task == "mnli" else ["validation"]
@@ -166,6 +169,52 @@ def test_bad_input_is_one_line(bert, reviews, tmp_path, capsys) -> None:
     paper = ("--preset", "paper", "--export_lora", "0")
     assert "--export_lora 0" in refused(flags(bert, reviews, tmp_path, *paper), capsys)
     assert "gama" in refused(flags(bert, reviews, tmp_path, "--s2ft_options", '{"gama": 1.0}'), capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--text_column other", "has no texts but int64"),
+        ("--text_column label", "three columns"),
+        ("--text_pair_column text", "three columns"),
+        ("--text_pair_column label", "three columns"),
+        ("--max_train_samples 0", "--max_train_samples must be at least 1"),
+        ("--max_train_samples -1", "--max_train_samples must be at least 1"),
+        ("--max_length 0", "--max_length must be at least 1"),
+        ("--max_length 65", "above the 64 tokens"),
+        ("--load_best_model_at_end true --save_strategy epoch", "give a --validation_file"),
+        ("--eval_strategy steps --load_best_model_at_end true --save_strategy epoch", "--load_best_model_at_end"),
+    ],
+)
+def test_refused_before_training(bert, reviews, tmp_path, ended, given, words) -> None:
+    code, line = ended(text_classification, flags(bert, reviews, tmp_path, *given.split()))
+    assert code == 2
+    assert words in line
+
+
+def load(train: str, **more: str) -> text_classification.Task:
+    return text_classification.load_task(text_classification.Arguments(train_file=train, test_file=train, **more))
+
+
+def test_columns_of_any_name(tmp_path) -> None:
+    lines = ["label,text,kind", "a film,great,x", "a plot,dull,y"]
+    task = load(
+        write(tmp_path, "swapped.csv", lines), text_column="label", text_pair_column="text", label_column="kind"
+    )
+    assert task.data["train"][1] == {"text": "a plot", "pair": "dull", "label": 1}
+    assert task.columns == ("text", "pair")
+
+
+def test_none_is_a_class_and_null_a_text(tmp_path) -> None:
+    task = load(write(tmp_path, "none.csv", ["text,label", "null,None", "NaN,NA", "a film,good"]))
+    assert task.classes == ["NA", "None", "good"]
+    assert task.data["train"]["text"][:] == ["null", "NaN", "a film"]
+
+
+@pytest.mark.parametrize(("labels", "classes"), [("0.0 1.0 2.0", ["0.0", "1.0", "2.0"]), ("0.0 1.5 2.0", None)])
+def test_a_fraction_makes_a_regression(tmp_path, labels, classes) -> None:
+    rows = [f"a film,{label}" for label in labels.split()]
+    assert load(write(tmp_path, "numbers.csv", ["text,label", *rows])).classes == classes
 
 
 def test_input_errors_are_raised_to_callers(bert, tmp_path) -> None:

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import finetuning
 import text_classification
 import torch
 import torch.distributed as dist
@@ -18,8 +19,8 @@ from s2ft_diffusion import S2FTConfig, attention_targets
 
 folder, bert, argv = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 held = {}
-report = text_classification.report
-text_classification.report = lambda trainer, facts: held.update(model=trainer.model) or report(trainer, facts)
+report = finetuning.report
+finetuning.report = lambda trainer, facts: held.update(model=trainer.model) or report(trainer, facts)
 text_classification.main(argv)
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
 assert dist.get_world_size() == 2

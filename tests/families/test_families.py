@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from s2ft_diffusion.dreambooth.base import load_base, plan_base
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.settings import AdapterSettings, BaseSettings, LossSettings
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.families import FAMILIES, Family
 from s2ft_diffusion.families.objectives import FlowObjective
 from s2ft_diffusion.pipelines.targets import attention_targets

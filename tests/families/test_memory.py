@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5Config, T5EncoderModel
@@ -16,7 +17,6 @@ import train_dreambooth_s2ft as recipe
 from s2ft_diffusion import read_adapter
 from s2ft_diffusion.dreambooth import memory
 from s2ft_diffusion.dreambooth.base import empty_model, load_base, plan_base
-from s2ft_diffusion.dreambooth.errors import InputError
 from s2ft_diffusion.dreambooth.memory import check_memory, run_memory, step_memory
 from s2ft_diffusion.dreambooth.settings import (
     AdapterSettings,
@@ -26,10 +26,12 @@ from s2ft_diffusion.dreambooth.settings import (
     PhotoSettings,
     Settings,
 )
+from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.families import quantization
 from s2ft_diffusion.families.blank import AllocationTracker, GPUPasses, PackedLinear
 from s2ft_diffusion.families.offloading import AwayParameter, offload_blocks, transformer_blocks
 from s2ft_diffusion.families.quantization import QUANTIZATIONS, parameter_count, quantizable, quantize_model
+from s2ft_diffusion.families.sharding import shard_blocks
 from s2ft_diffusion.pipelines.attach import inject_adapter
 from tests.test_trainer import train_here
 
@@ -83,10 +85,17 @@ def test_refused_by_name(photos, tiny_base, tmp_path, monkeypatch) -> None:
     assert "contradict each other" in refused("--offload", "--quantize", "nf4")
     assert "--estimate full" in refused("--quantize", "int8", "--estimate", "full")
     assert "--estimate full" in refused("--offload", "--estimate", "full")
+    assert "there is one: accelerate launch --num_processes 2" in refused("--shard")
+    assert "and --offload contradict each other" in refused("--shard", "--offload")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--estimate full" in refused("--shard", "--estimate", "full")
+    monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(InputError, match="Sequential has no linear layers"):
         quantize_model(nn.Sequential(nn.Conv2d(3, 3, 1)), "nf4", torch.float32)
     with pytest.raises(InputError, match="TwoLayers has no transformer blocks"):
         offload_blocks(type("TwoLayers", (nn.Module,), {})(), torch.device("cpu"))
+    with pytest.raises(InputError, match="TwoLayers has no transformer blocks"):
+        shard_blocks(type("TwoLayers", (nn.Module,), {})(), torch.device("cpu"))
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     assert refused("--quantize", "nf4") == "--quantize nf4 needs bitsandbytes: pip install bitsandbytes."
     assert "needs torchao" in refused("--quantize", "float8")
@@ -209,6 +218,30 @@ def test_the_estimate_beside_tensors_that_are_there(saved, kind) -> None:
     assert expected.passes == pytest.approx(tracker.peak, rel=0.1)
 
 
+def test_a_share_of_the_weights(saved) -> None:
+    """In bfloat16: a process's share of all, what is in no block, and three blocks or what is in none once more."""
+    plan = base_of(saved, "Flux2KleinPipeline", 64)
+    plain, shared = (blank_step(plan, ComputeSettings(gradient_checkpointing=True, shard=n)) for n in (1, 4))
+    model = load_base(plan).pipeline.transformer
+    size = lambda module: 2 * sum(p.numel() for p in module.parameters())  # noqa: E731
+    blocks = [size(block) for block in transformer_blocks(model)]
+    rest = size(model) - sum(blocks)
+    assert len(blocks) == 2
+    held = size(model) // 4 + rest + max(rest + blocks[0], sum(blocks))
+    assert plain.weights - shared.weights == size(model) - held
+    assert shared.passes == plain.passes
+
+
+def test_what_is_shared_of_a_unet() -> None:
+    """Of Stable Diffusion's, as wide as it is, four processes hold about half each."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8).bfloat16()
+    every = 2 * sum(p.numel() for p in unet.parameters())
+    assert every > 1.6e9
+    saved = memory._sharded(unet.requires_grad_(False), 4)
+    assert 0.45 * every < saved < 0.75 * every
+
+
 def test_checkpointing_packing_and_offloading_take_less(saved) -> None:
     plan = base_of(saved, "Flux2KleinPipeline", 64)
     plain, checkpointed, packed, away = (
@@ -245,6 +278,11 @@ def test_too_small_a_device_stops_the_run(saved, monkeypatch) -> None:
     with pytest.raises(InputError, match=r"needs about 9\.6 GB.* and 8\.0 GB of the device are free") as caught:
         check_memory(needed, torch.device("cuda"), settings_of(plan))
     assert "--gradient_checkpointing, --quantize nf4, --offload, a smaller --resolution" in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="--shard, with a process for each GPU"):
+        check_memory(needed, torch.device("cuda"), settings_of(plan))
+    with pytest.raises(InputError, match="Try --gradient_checkpointing, more GPUs, a smaller"):
+        check_memory(needed, torch.device("cuda"), settings_of(plan, shard=2))
     best = replace(settings_of(plan, gradient_checkpointing=True, quantize="nf4"), length=LengthSettings(batch=2))
     with pytest.raises(InputError, match="Try --train_batch_size 1, a smaller --resolution;"):
         check_memory(needed, torch.device("cuda"), best)

@@ -15,8 +15,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 PATIENT = 300_000  # milliseconds; a busy machine is no reason to fail
-LAPTOP = {"viewport": {"width": 1280, "height": 800}}
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+CALM = {"reduced_motion": "reduce"}  # a page that scrolls smoothly moves what is clicked away from under the click
+LAPTOP = {"viewport": {"width": 1280, "height": 800}, **CALM}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, **CALM}
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here; the endpoint tests still run")
 
@@ -132,8 +133,15 @@ def pick(page: playwright.Page, words: str = "") -> None:
     if page.locator("#history .preview").count():
         page.locator("#history").get_by_role("button", name="Close").click()
         page.locator("#use-settings:disabled").wait_for()
-    page.locator("#history .thumbnail-item", has_text=words).first.click()
+    pick_item(page, page.locator("#history .thumbnail-item", has_text=words).first)
+
+
+def pick_item(page: playwright.Page, item: playwright.Locator) -> None:
+    """Choose a picture of the history. A narrow page scrolls to its settings then, and a click meanwhile may miss."""
+    before = page.evaluate("s2ft.revealed")
+    item.click()
     page.locator("#use-settings:enabled").wait_for()
+    page.wait_for_function("before => innerWidth > 720 || s2ft.revealed > before", arg=before)
 
 
 def wait_until_in_view(page: playwright.Page, selector: str) -> None:

@@ -82,7 +82,7 @@ def test_a_base_of_another_family(visit, page, tmp_path) -> None:
     there.get_by_text("Cannot be used: it was made for toybox and does not fit toybox-flow").wait_for()
     assert there.locator("#use:disabled").count() == 1
     tab(there, "History")
-    there.locator("#history").get_by_text("base · seed 3").first.wait_for()
+    there.locator("#history").get_by_text("base · seed 3 ·").first.wait_for()
     assert not there.locator("#history").get_by_text("cat 1").count()
 
 

@@ -11,6 +11,7 @@ from tests.gradio_app.browser import (
     generated,
     needs_browser,
     pick,
+    pick_item,
     prompt,
     set_number,
     set_seed,
@@ -91,15 +92,15 @@ def test_history(page) -> None:
     prompt(page).fill("remember sks dog")
     generated(page)
     tab(page, "History")
-    page.locator("#history").get_by_text("dog 0.55 · seed 31").first.wait_for()
+    page.locator("#history").get_by_text("dog 0.55 · seed 31 ·").first.wait_for()
     assert page.locator("#use-settings:disabled").count() == 1
-    pick(page, "dog 0.55 · seed 31")
+    pick(page, "dog 0.55 · seed 31 ·")
     page.locator("#image-settings").get_by_text("remember sks dog").wait_for()
     wait_until_in_view(page, "#image-settings")
     page.locator("#favourite").click()
     page.locator("#favourite", has_text="No favourite").wait_for()
     page.locator("#favourites input").check()
-    pick(page, "★ dog 0.55 · seed 31")
+    pick(page, "★ dog 0.55 · seed 31 ·")
     page.locator("#compare-from:enabled").click()
     wait_for_value(page, "#compare-prompt textarea", "remember sks dog")
     assert chosen(page, "#compared") == ["dog"]
@@ -107,16 +108,34 @@ def test_history(page) -> None:
     set_number(page, "Strength", 1.1)
     tab(page, "History")
     page.locator("#favourites input").uncheck()
-    pick(page, "dog 0.55 · seed 31")
+    pick(page, "dog 0.55 · seed 31 ·")
     page.locator("#use-settings:enabled").click()
     wait_for_value(page, "#strength input[type=number]", "0.55")
     wait_for_value(page, "#seed input", "31")
     tab(page, "History")
-    pick(page, "dog 0.55 · seed 31")
+    pick(page, "dog 0.55 · seed 31 ·")
     page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#delete-image:enabled").click()
-    page.locator("#history").get_by_text("dog 0.55 · seed 31").first.wait_for(state="detached")
+    page.locator("#history").get_by_text("dog 0.55 · seed 31 ·").first.wait_for(state="detached")
     assert status(page) == "done"
+
+
+def test_a_picture_chosen_the_moment_it_appears_stays_chosen(page) -> None:
+    """Though the page has not yet heard what it was made with when it looks for pictures that nobody chose."""
+    generated(page)
+    page.evaluate("""() => {
+        new MutationObserver((_, self) => {
+            const first = document.querySelector('#history .thumbnail-item');
+            if (first) {self.disconnect(); first.click();}
+        }).observe(document, {childList: true, subtree: true});
+        const close = s2ft.closeUnpicked;
+        s2ft.closeUnpicked = () => {close.call(s2ft); s2ft.looked = true;};
+    }""")
+    tab(page, "History")
+    page.wait_for_function("s2ft.looked")
+    page.locator("#use-settings:enabled").wait_for()
+    assert page.locator("#history .preview").count() == 1
+    assert page.locator("#use-settings:enabled").count() == 1
 
 
 def test_what_is_shown_large_is_what_is_chosen(page) -> None:
@@ -127,19 +146,19 @@ def test_what_is_shown_large_is_what_is_chosen(page) -> None:
         generated(page)
     tab(page, "History")
     large, chosen = page.locator("#history .preview"), page.locator("#image-settings")
-    pick(page, "seed 41")
+    pick(page, "seed 41 ·")
     page.locator("#favourite").click()
     page.locator("#favourite", has_text="No favourite").wait_for()
-    page.locator("#history .preview .thumbnail-item").first.click()
+    pick_item(page, page.locator("#history .preview .thumbnail-item").first)
     chosen.get_by_text("42", exact=True).wait_for()
     page.locator("#favourites input").check()
     chosen.get_by_text("41", exact=True).wait_for()
-    assert "seed 41" in large.inner_text()
+    assert "seed 41 ·" in large.inner_text()
     page.locator("#favourites input").uncheck()
-    page.locator("#history").get_by_text("seed 42").first.wait_for(state="attached")
+    page.locator("#history").get_by_text("seed 42 ·").first.wait_for(state="attached")
     assert "41" in chosen.inner_text()
     page.locator("#delete-image").click()
-    page.locator("#history").get_by_text("seed 41").first.wait_for(state="detached")
+    page.locator("#history").get_by_text("seed 41 ·").first.wait_for(state="detached")
     chosen.get_by_text("41", exact=True).wait_for(state="detached")
     assert large.locator("img").first.get_attribute("alt") in page.locator("#history").inner_text()
     # one that is no favourite any more leaves the favourites
@@ -151,9 +170,9 @@ def test_what_is_shown_large_is_what_is_chosen(page) -> None:
     page.locator("#favourite").click()
     page.locator("#delete-image:disabled").wait_for()
     page.locator("#favourites input").uncheck()
-    page.locator("#history .thumbnail-item", has_text="seed 42").first.wait_for()
+    page.locator("#history .thumbnail-item", has_text="seed 42 ·").first.wait_for()
     large.wait_for(state="detached")
-    pick(page, "seed 42")
+    pick(page, "seed 42 ·")
     page.locator("#history").get_by_role("button", name="Close").click()
     page.locator("#delete-image:disabled").wait_for()
     assert button(page, "Use these settings").is_disabled()

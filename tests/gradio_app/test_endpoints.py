@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,6 +19,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from app.engine import SCHEDULERS, Engine, Settings
+from app.tabs.generate import GenerateTab
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
 from tests.conftest import ROOT
 from tests.gradio_app.conftest import PATIENCE, until
@@ -277,9 +279,39 @@ def test_compare(client, named) -> None:
             client.predict(**{"prompt": "x", "adapter": named["cat"], **QUICK, **values}, api_name="/compare")
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "values", "match"),
+    [
+        ("/list_adapters", {"sort": ["name"]}, "sort must be one of"),
+        ("/export_adapter", {"adapter": {"name": "cat"}, "tool": "ComfyUI", "second_adapter": []}, "no such adapter"),
+        ("/export_adapter", {"tool": {}}, "not in the list of choices"),
+    ],
+)
+def test_what_is_sent_may_be_of_any_type(client, named, endpoint, values, match) -> None:
+    usual = {"adapter": named["cat"]} if endpoint == "/export_adapter" else {}
+    with pytest.raises(AppError, match=match):
+        client.predict(**usual | values, api_name=endpoint)
+
+
 def test_count_tokens(client) -> None:
     assert client.predict("a photo of sks cat", api_name="/count_tokens") == {"tokens": 7, "limit": 32, "unread": ""}
     assert client.predict("cat " * 31 + "zebra", api_name="/count_tokens")["unread"].endswith("zebra")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "said"),
+    [
+        ("a", "b", "7 of 32 tokens"),
+        ("a lost", "", "!7 of 32 tokens: “lost” is not read"),
+        ("a", "b gone", "!7 of 32 tokens: “gone” of the negative prompt is not read"),
+        ("a lost", "b gone", "!7 of 32 tokens: “lost” is not read; “gone” of the negative prompt is not read"),
+    ],
+)
+def test_the_line_under_the_prompt(prompt, negative, said) -> None:
+    def count(text: str) -> dict[str, object]:
+        return {"tokens": 7, "limit": 32, "unread": text.partition(" ")[2]}
+
+    assert GenerateTab.token_words(SimpleNamespace(count_tokens=count), prompt, negative) == said
 
 
 def test_compare_grid(client, named) -> None:

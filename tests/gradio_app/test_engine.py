@@ -211,3 +211,20 @@ def test_a_packed_base_has_one_pipeline(flags, tmp_path, capsys) -> None:
         parse_arguments([*flags, "--concurrency", "2", "--outputs", str(tmp_path)])
     assert end.value.code == 2
     assert "--concurrency must be 1 with --quantize or --offload" in capsys.readouterr().err
+
+
+def test_outputs_are_apart_from_what_is_read(tmp_path, capsys) -> None:
+    base, outputs = tmp_path / "base", tmp_path / "outputs"
+    base.mkdir()
+    (outputs / "adapters").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(outputs / "adapters")
+    for flags, said in {
+        ("--adapters", "a/hub-id", str(tmp_path / "link")): "lies in adapters/ of --outputs, where visitors may delete",
+        ("--base", str(base), "--outputs", str(base / "unet" / "..")): "--outputs lies in --base",
+        ("--base", str(outputs / "history")): "--base lies in history/ of --outputs",
+    }.items():
+        with pytest.raises(SystemExit) as end:
+            parse_arguments(["--outputs", str(outputs), *flags])
+        assert end.value.code == 2
+        assert said in capsys.readouterr().err
+    assert not list(base.iterdir())

@@ -113,8 +113,9 @@ def test_search_and_sort(library) -> None:
     assert names("elephant") == []
     assert names("", "fewest numbers")[-1] == "both"
     assert names("", "smallest")[-1] == "both"
-    with pytest.raises(RequestError, match="sort must be"):
-        library.search("", "colour")
+    for none in ("colour", ["name"], {}, None):
+        with pytest.raises(RequestError, match="sort must be"):
+            library.search("", none)
 
 
 def test_what_cannot_be_used_is_shown_with_the_reason(adapters, engine, tmp_path) -> None:

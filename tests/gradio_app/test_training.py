@@ -32,6 +32,14 @@ def queue(library, tmp_path):
     queue.close()
 
 
+@pytest.fixture
+def small(tiny_base, tmp_path):
+    """A queue on the tiny base, for what is not about the adapters."""
+    queue = TrainingQueue(tmp_path / "trainings", str(tiny_base), lambda path: path.name)
+    yield queue
+    queue.close()
+
+
 def submit(queue: TrainingQueue, photos: Path, **values) -> Job:
     asked = {"subject": "My dog! 柴犬", "class_name": "dog", "steps": 12, "n_frequency": 100, "user": None, **values}
     return queue.submit(sorted(photos.glob("*.png")), **asked)
@@ -86,77 +94,78 @@ def test_a_state_is_in_its_file_before_it_is_shown(queue, photos, monkeypatch) -
     assert second.state == "cancelled"
 
 
-def test_cancelling_a_running_one(queue, photos) -> None:
-    job = submit(queue, photos, steps=5000)
-    until(lambda: len(queue.progress(job).losses) > 3)
-    queue.cancel(job)
-    until(lambda: queue._child is None)
+def test_cancelling_a_running_one(small, photos) -> None:
+    job = submit(small, photos, steps=5000)
+    until(lambda: len(small.progress(job).losses) > 3)
+    small.cancel(job)
+    until(lambda: small._child is None)
     assert job.state == "cancelled"
-    assert json.loads((queue.folder / job.id / "job.json").read_text())["state"] == "cancelled"
-    follower = submit(queue, photos)
+    assert json.loads((small.folder / job.id / "job.json").read_text())["state"] == "cancelled"
+    follower = submit(small, photos)
     until(lambda: follower.state not in UNFINISHED)
     assert follower.state == "done"
 
 
-def test_a_crash_is_reported_and_the_next_one_runs(queue, photos) -> None:
-    killed = submit(queue, photos, steps=5000)
-    until(lambda: killed.state == "running" and queue._child is not None)
-    os.kill(queue._child[1].pid, signal.SIGKILL)
+def test_a_crash_is_reported_and_the_next_one_runs(small, photos) -> None:
+    killed = submit(small, photos, steps=5000)
+    until(lambda: killed.state == "running" and small._child is not None)
+    os.kill(small._child[1].pid, signal.SIGKILL)
     until(lambda: killed.state not in UNFINISHED)
     assert killed.state == "failed"
     assert "signal 9" in killed.message
-    refused = submit(queue, photos, n_frequency=90_000)
+    refused = submit(small, photos, n_frequency=90_000)
     until(lambda: refused.state not in UNFINISHED)
     assert refused.state == "failed"
     assert "90000" in refused.message.replace(",", "")
-    assert str(queue.folder) not in refused.message
+    assert str(small.folder) not in refused.message
 
 
-def test_a_restart_goes_on_with_what_it_interrupted(queue, photos, library) -> None:
-    job = submit(queue, photos, steps=60)
-    waiting = submit(queue, photos)
-    until(lambda: len(queue.progress(job).losses) > 3)
-    queue.close()
-    until(lambda: queue._child is None)
-    assert len(queue.progress(job).losses) < 60
-    again = TrainingQueue(queue.folder, "toybox", lambda path: library.add(path).id)
+def test_a_restart_goes_on_with_what_it_interrupted(small, photos) -> None:
+    job = submit(small, photos, steps=60)
+    waiting = submit(small, photos)
+    until(lambda: len(small.progress(job).losses) > 3)
+    small.close()
+    until(lambda: small._child is None)
+    assert len(small.progress(job).losses) < 60
+    again = TrainingQueue(small.folder, small.base, small.finished)
     job, waiting = again.jobs[job.id], again.jobs[waiting.id]
     until(lambda: job.state not in UNFINISHED)
     assert (job.state, job.starts) == ("done", 2)
-    assert "Resuming from" in (queue.folder / job.id / "log.txt").read_text()
-    assert library.get(job.adapter).info.training["steps"] == 60
+    assert "Resuming from" in (small.folder / job.id / "log.txt").read_text()
+    assert read_header(small.folder / job.id / "out" / job.adapter).info.training["steps"] == 60
     until(lambda: waiting.state not in UNFINISHED)
     assert waiting.state == "done"
     again.close()
 
 
-def test_a_trainer_whose_app_was_killed_is_stopped(queue, photos, library) -> None:
-    job = submit(queue, photos, steps=5000)
-    until(lambda: len(queue.progress(job).losses) > 3)
-    trainer = queue._child[1]
-    queue._closed = True  # from now on it stands for an app that is no more
-    again = TrainingQueue(queue.folder, "toybox", lambda path: library.add(path).id)
+def test_a_trainer_whose_app_was_killed_is_stopped(small, photos) -> None:
+    job = submit(small, photos, steps=5000)
+    until(lambda: len(small.progress(job).losses) > 3)
+    trainer = small._child[1]
+    small._closed = True  # from now on it stands for an app that is no more
+    again = TrainingQueue(small.folder, small.base, small.finished)
     assert trainer.poll() is not None
     assert again.jobs[job.id].state in UNFINISHED
     again.cancel(again.jobs[job.id])
     again.close()
 
 
-def test_what_was_done_while_there_was_no_app_is_taken_in(queue, photos, library) -> None:
-    job = submit(queue, photos)
+def test_what_was_done_while_there_was_no_app_is_taken_in(small, photos) -> None:
+    job = submit(small, photos)
     until(lambda: job.state == "done")
-    queue.close()
-    path = queue.folder / job.id / "job.json"
+    small.close()
+    path = small.folder / job.id / "job.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "state": "running", "adapter": None}))
-    again = TrainingQueue(queue.folder, "toybox", lambda path: library.add(path).id)
-    assert again.jobs[job.id].state == "done"
-    assert library.get(again.jobs[job.id].adapter).name == "My dog! 柴犬"
+    taken = []
+    again = TrainingQueue(small.folder, small.base, lambda path: taken.append(path) or "taken")
+    assert (again.jobs[job.id].state, again.jobs[job.id].adapter) == ("done", "taken")
+    assert read_header(taken[0]).info.subject == "My dog! 柴犬"
     again.close()
 
 
-def test_a_job_whose_folder_is_gone_does_not_stop_the_others(queue, photos) -> None:
-    first, lost, last = submit(queue, photos), submit(queue, photos), submit(queue, photos)
-    shutil.rmtree(queue.folder / lost.id)
+def test_a_job_whose_folder_is_gone_does_not_stop_the_others(small, photos) -> None:
+    first, lost, last = submit(small, photos), submit(small, photos), submit(small, photos)
+    shutil.rmtree(small.folder / lost.id)
     until(lambda: last.state not in UNFINISHED)
     assert [job.state for job in (first, lost, last)] == ["done", "failed", "done"]
 

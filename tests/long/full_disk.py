@@ -29,6 +29,16 @@ from tests.training_process import Training
 
 
 @contextmanager
+def mounted(disk: Path) -> Iterator[Path]:
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", disk], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@contextmanager
 def full(disk: Path) -> Iterator[None]:
     """All of a disk is taken, to the last byte."""
     ballast = disk / "ballast"
@@ -64,33 +74,32 @@ def main() -> None:
         folder = Path(temporary)
         prepare(folder)
         whole, wanted = whole_run(folder)
-        disk = folder / "disk"
-        disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "none", disk], check=True)
-        output = disk / "run"
-        while moments.total() < args.moments:
-            training = Training(arguments(folder, output), folder / "log", few_steps)
-            before, moment = set(), draw.uniform(0.2, 1) * whole
-            training.wait_until(lambda training=training, moment=moment: training.seconds() > moment)
-            if training.running():
-                nothing_more = draw.choice((full, read_only))
-                moments[nothing_more.__name__] += 1
-                with nothing_more(disk):
-                    before = {path.name for path in list_checkpoints(output / "out")}
-                    ends[training.wait()] += 1
-            assert training.wait() in (0, 1, 2), training.said[-3000:]
-            assert "Traceback" not in training.said, training.said[-3000:]
-            after = list_checkpoints(output / "out")
-            assert before - {path.name for path in after} == set() or len(after) == 2
-            for path in after:
-                assert read_state(path).step == int(path.name.removeprefix("checkpoint-"))
-                read_adapter(path / WEIGHTS_NAME)
-            if training.wait() == 0:
-                found = facts(output)
-                different = [name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name)]
-                assert not different, different
-                shutil.rmtree(output)
-                print(f"{dict(moments)}; exit codes {dict(ends)}; a run ended as the whole one", flush=True)
+        with mounted(folder / "disk") as disk:
+            output = disk / "run"
+            while moments.total() < args.moments:
+                training = Training(arguments(folder, output), folder / "log", few_steps)
+                before, moment = set(), draw.uniform(0.2, 1) * whole
+                training.wait_until(lambda training=training, moment=moment: training.seconds() > moment)
+                if training.running():
+                    nothing_more = draw.choice((full, read_only))
+                    moments[nothing_more.__name__] += 1
+                    with nothing_more(disk):
+                        before = {path.name for path in list_checkpoints(output / "out")}
+                        ends[training.wait()] += 1
+                assert training.wait() in (0, 1, 2), training.said[-3000:]
+                assert "Traceback" not in training.said, training.said[-3000:]
+                after = list_checkpoints(output / "out")
+                assert before - {path.name for path in after} == set() or len(after) == 2
+                for path in after:
+                    assert read_state(path).step == int(path.name.removeprefix("checkpoint-"))
+                    read_adapter(path / WEIGHTS_NAME)
+                if training.wait() == 0:
+                    found = facts(output)
+                    different = [name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name)]
+                    assert not different, different
+                    shutil.rmtree(output)
+                    print(f"{dict(moments)}; exit codes {dict(ends)}; a run ended as the whole one", flush=True)
+    print(f"{dict(moments)}; exit codes {dict(ends)}: nothing was lost")
 
 
 if __name__ == "__main__":
