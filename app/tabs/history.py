@@ -104,7 +104,9 @@ class HistoryTab:
                 self.delete_image(image, request)
 
         sure = "image => confirm('Delete this picture for good?') ? image : ''"
-        renew(self.remove.click(polite(remove), self.chosen, None, js=sure, **PRIVATE).success)
+        # "multiple": who has said no may ask again while the server still hears of that.
+        removed = self.remove.click(polite(remove), self.chosen, None, js=sure, trigger_mode="multiple", **PRIVATE)
+        renew(removed.success)
 
     # What the buttons do
 

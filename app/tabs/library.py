@@ -124,6 +124,7 @@ class LibraryTab:
             self.tiles,
             self.tiles,
             js=f"adapter => confirm('{question}') ? adapter : ''",
+            trigger_mode="multiple",  # who has said no may ask again while the server still hears of that
             **PRIVATE,
         ).success(*looking, **PRIVATE).then(polite(self.show), self.tiles, chosen, **QUIET)
         self.export.click(

@@ -67,6 +67,24 @@ def test_upload_use_rename_and_delete(page, fresh) -> None:
     assert not page.locator("#delete").locator("visible=true").count()  # it is not from here
 
 
+def test_who_said_no_may_ask_again_at_once(page, fresh) -> None:
+    """Also before the server has answered to the no."""
+    tab(page, "Library")
+    upload(page, fresh("cat", subject="Tom"))
+    tile(page, "Tom", "#library").wait_for()
+    page.wait_for_function("document.querySelector('#name textarea, #name input')?.value === 'Tom'")
+    held = []  # the first thing that is asked of the server
+    page.route("**/queue/join*", lambda route: route.continue_() if held else held.append(route))
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    page.locator("#delete").click()
+    while not held:
+        page.wait_for_timeout(50)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.locator("#delete").click()
+    tile(page, "Tom", "#library").wait_for(state="detached")
+    held[0].continue_()
+
+
 def test_a_broken_file_is_refused(page, tmp_path) -> None:
     tab(page, "Library")
     before = labels(page, "#library")
