@@ -187,8 +187,13 @@ watch('choices', show);
 show();
 """
 
-# What was proposed for the words that stood there, unless others have been typed since.
-UNLESS_TYPED = "([before, after], now) => now === before ? after : now"
+# What was proposed for the words that stood there, unless others have been typed since: words of the proposal before
+# this one, which came meanwhile, are none of those.
+UNLESS_TYPED = """([before, after], now) => {
+  if (now !== before && now !== window.s2ft.proposed) return now;
+  window.s2ft.proposed = after;
+  return after;
+}"""
 
 LINE_TEMPLATE = '<div class="line" role="status"></div>'
 
@@ -207,6 +212,7 @@ show();
 # The page's state in its address, and pictures dropped on the Generate tab.
 HEAD_JS = """
 window.s2ft = {
+  proposed: null,  // the last words that took the place of others
   revealed: 0,  // how often, for who waits for it
   reveal(selector) {  // on a narrow page what was asked for may be above or below what is seen
     if (innerWidth > 720) return;

@@ -136,7 +136,7 @@ class GenerateTab:
         def use(made: dict[str, Any], chosen: int) -> tuple[Any, ...]:
             return *self.filled(self.settings_at(made, chosen)), False
 
-        self.results.select(choose, None, self.chosen, **QUIET)
+        self.results.select(choose, None, self.chosen, trigger_mode="multiple", **QUIET)
         self.again.click(polite(use), [self.made, self.chosen], [*self.settings, self.random], **PRIVATE)
         self.contrast.click(
             polite(lambda made, chosen: self.page.compare.filled(self.settings_at(made, chosen))),
@@ -145,7 +145,11 @@ class GenerateTab:
             **PRIVATE,
         )
         self.adapter.input(
-            polite(self.proposed), [self.prompt, self.adapter, self.second], self.proposal, **QUIET
+            polite(self.proposed),
+            [self.prompt, self.adapter, self.second],
+            self.proposal,
+            trigger_mode="always_last",
+            **QUIET,
         ).success(None, [self.proposal, self.prompt], self.prompt, js=UNLESS_TYPED, **QUIET)
         gr.on(
             [self.prompt.change, self.negative.change],

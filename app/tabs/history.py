@@ -67,7 +67,8 @@ class HistoryTab:
         listing = {"fn": polite(self.list_history), "inputs": self.kept, "outputs": [self.gallery, self.ids]}
         renewed = {"fn": polite(self.renewed), "inputs": [self.kept, self.ids, self.chosen]}
         renewed |= {"outputs": [self.gallery, self.ids, self.chosen], "show_progress": "hidden", **PRIVATE}
-        showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting}
+        renewed |= {"trigger_mode": "always_last"}
+        showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting, "trigger_mode": "always_last"}
         closing = {"fn": None, "inputs": None, "outputs": None, "js": "() => s2ft.closeUnpicked()", **QUIET}
 
         def renew(event: Callable[..., Dependency]) -> None:
@@ -88,9 +89,11 @@ class HistoryTab:
             return self.page.compare.filled(self.image_settings(image, request))
 
         generate = self.page.generate
-        self.gallery.select(choose, self.ids, self.chosen, **QUIET).then(**showing, **QUIET).then(
-            None, None, None, js=reveal("#image-settings"), **QUIET
-        )
+        # "multiple", here and below: while one is pending, Gradio would not hear of another; and where it hears of the
+        # last ("always_last"), it has the first one's index.
+        self.gallery.select(choose, self.ids, self.chosen, trigger_mode="multiple", **QUIET).then(
+            **showing, **QUIET
+        ).then(None, None, None, js=reveal("#image-settings"), **QUIET)
         self.use.click(polite(fill), self.chosen, [*generate.settings, generate.random, self.page.tabs], **PRIVATE)
         self.contrast.click(polite(contrast), self.chosen, [*self.page.compare.settings, self.page.tabs], **PRIVATE)
 
@@ -104,7 +107,6 @@ class HistoryTab:
                 self.delete_image(image, request)
 
         sure = "image => confirm('Delete this picture for good?') ? image : ''"
-        # "multiple": who has said no may ask again while the server still hears of that.
         removed = self.remove.click(polite(remove), self.chosen, None, js=sure, trigger_mode="multiple", **PRIVATE)
         renew(removed.success)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import pandas as pd
@@ -36,7 +36,9 @@ class InspectTab:
         shown = [self.plot, self.pictures, self.layer]
         asked.submit(polite(self.inspect), [self.adapter, asked], shown, api_name="inspect")
         self.go.click(polite(self.inspect), self.adapter, shown, api_visibility="private")
-        self.layer.input(polite(self.inspect), [self.adapter, self.layer], shown, api_visibility="private")
+        self.layer.input(
+            polite(self.another_layer), [self.adapter, self.layer], shown, trigger_mode="always_last", **PRIVATE
+        )
         self.adapter.change(lambda adapter: gr.update(interactive=bool(adapter)), self.adapter, self.go, **PRIVATE)
 
     # What the buttons do
@@ -55,3 +57,11 @@ class InspectTab:
         rounded = [round(size, 4) for _, size in sizes]
         frame = pd.DataFrame({"number": range(1, len(names) + 1), "layer": names, "size": rounded})
         return frame, inspection.pictures(entry.path, layer), gr.update(choices=names, value=layer, visible=True)
+
+    # What the page shows
+
+    def another_layer(self, adapter: str, layer: str) -> tuple[Any, ...]:
+        """A layer's pictures. The menu stays as it is, where a further layer may have been chosen by now, unless its
+        layers are another adapter's."""
+        frame, pictures, menu = self.inspect(adapter, layer)
+        return frame, pictures, gr.skip() if menu["value"] == layer else menu

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -142,6 +145,26 @@ def pick_item(page: playwright.Page, item: playwright.Locator) -> None:
     item.click()
     page.locator("#use-settings:enabled").wait_for()
     page.wait_for_function("before => innerWidth > 720 || s2ft.revealed > before", arg=before)
+
+
+@contextmanager
+def slow_to_answer(page: playwright.Page) -> Iterator[None]:
+    """The next answer of the server comes only when the block ends; what is asked after it is answered before."""
+    asked, first, held = re.compile(r"/gradio_api/(run/|queue/join)"), [], []
+
+    def hold(route: playwright.Route) -> None:
+        if first:
+            route.continue_()
+            return
+        first.append(route)
+        held.append(route.fetch())
+
+    page.route(asked, hold)
+    yield
+    while not held:
+        page.wait_for_timeout(50)
+    first[0].fulfill(response=held[0])
+    page.unroute(asked)
 
 
 def wait_until_in_view(page: playwright.Page, selector: str) -> None:

@@ -16,6 +16,7 @@ from tests.gradio_app.browser import (
     set_number,
     set_seed,
     set_steps,
+    slow_to_answer,
     status,
     tab,
     wait_for_image,
@@ -84,6 +85,20 @@ def test_inspect(page) -> None:
     assert not page.evaluate("document.activeElement.matches('#layer select')")
 
 
+def test_of_two_layers_chosen_quickly_the_second_is_shown(page) -> None:
+    tab(page, "Inspect")
+    choose(page, "both", "#inspected")
+    page.locator("#inspect").click()
+    page.wait_for_function("document.querySelectorAll('#pictures img').length >= 3")
+    field = page.locator("#layer select")
+    first, second = [name for name in field.locator("option").all_inner_texts() if name != field.input_value()][:2]
+    with page.expect_response(lambda response: second in (response.request.post_data or "")), slow_to_answer(page):
+        field.select_option(first)
+        field.select_option(second)
+    page.wait_for_timeout(500)  # what came of the first would take its place now
+    assert field.input_value() == second
+
+
 def test_history(page) -> None:
     choose(page, "dog")
     set_steps(page, 3)
@@ -136,6 +151,20 @@ def test_a_picture_chosen_the_moment_it_appears_stays_chosen(page) -> None:
     page.locator("#use-settings:enabled").wait_for()
     assert page.locator("#history .preview").count() == 1
     assert page.locator("#use-settings:enabled").count() == 1
+
+
+def test_of_two_pictures_chosen_quickly_the_second_is_chosen(page) -> None:
+    for seed in (51, 52):
+        set_seed(page, seed)
+        generated(page)
+    tab(page, "History")
+    chosen = page.locator("#image-settings")
+    with slow_to_answer(page):
+        page.locator("#history .thumbnail-item", has_text="seed 51 ·").first.click()
+        page.locator("#history .preview .thumbnail-item").first.click()
+        chosen.get_by_text("52", exact=True).wait_for()
+    page.wait_for_timeout(500)  # what came of the first would take its place now
+    assert chosen.get_by_text("52", exact=True).count()
 
 
 def test_what_is_shown_large_is_what_is_chosen(page) -> None:

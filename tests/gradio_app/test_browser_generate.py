@@ -23,6 +23,7 @@ from tests.gradio_app.browser import (
     set_seed,
     set_steps,
     settings_in,
+    slow_to_answer,
     status,
     tab,
     tile,
@@ -77,6 +78,14 @@ def test_a_prompt_of_ones_own_stays(page) -> None:
     prompt(page).fill("")
     choose(page, "cat")
     wait_for_value(page, "#prompt textarea", "a photo of sks cat")
+
+
+def test_of_two_adapters_chosen_quickly_the_second_has_its_prompt(page) -> None:
+    with slow_to_answer(page):
+        choose(page, "cat")
+        choose(page, "dog")
+    wait_for_value(page, "#prompt textarea", "a photo of sks dog")
+    assert chosen(page) == ["dog"]
 
 
 def test_what_is_typed_before_an_adapters_prompt_comes_stays(page, monkeypatch) -> None:

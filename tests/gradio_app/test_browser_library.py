@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
-from tests.gradio_app.browser import button, choose, chosen, labels, needs_browser, tab, tile
+from tests.gradio_app.browser import button, choose, chosen, labels, needs_browser, slow_to_answer, tab, tile
 
 pytestmark = [pytest.mark.slow, needs_browser]
 
@@ -73,16 +73,12 @@ def test_who_said_no_may_ask_again_at_once(page, fresh) -> None:
     upload(page, fresh("cat", subject="Tom"))
     tile(page, "Tom", "#library").wait_for()
     page.wait_for_function("document.querySelector('#name textarea, #name input')?.value === 'Tom'")
-    held = []  # the first thing that is asked of the server
-    page.route("**/queue/join*", lambda route: route.continue_() if held else held.append(route))
-    page.once("dialog", lambda dialog: dialog.dismiss())
-    page.locator("#delete").click()
-    while not held:
-        page.wait_for_timeout(50)
-    page.once("dialog", lambda dialog: dialog.accept())
-    page.locator("#delete").click()
-    tile(page, "Tom", "#library").wait_for(state="detached")
-    held[0].continue_()
+    with slow_to_answer(page):
+        page.once("dialog", lambda dialog: dialog.dismiss())
+        page.locator("#delete").click()
+        page.once("dialog", lambda dialog: dialog.accept())
+        page.locator("#delete").click()
+        tile(page, "Tom", "#library").wait_for(state="detached")
 
 
 def test_a_broken_file_is_refused(page, tmp_path) -> None:
