@@ -3,7 +3,7 @@
     python -m benchmarks.load --shape sd15 --json docs/results/load.json
 
 Loading is reading, checking and attaching; the LoRA is read and attached by diffusers. A switch is `set_adapters` and
-one token through every adapted layer, so that whatever the adapter needs has been made.
+one token (or pixel) through every adapted layer, so that whatever the adapter needs has been made.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from s2ft_diffusion.pipelines.targets import TARGETS
+
 from .measure import CLOCKS, alternate, medians, parser, report
 from .pipelines import around, write_lora, write_s2ft
 from .shapes import SHAPES, build
@@ -24,6 +26,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--shape", choices=[name for name in SHAPES if name.startswith("sd15")], default="sd15")
     arguments.add_argument("--n", type=int, default=8000)
+    arguments.add_argument("--targets", choices=TARGETS, default="qv", help="as the trainer's")
     arguments.add_argument("--adapters", type=int, default=10)
     arguments.add_argument("--steps", type=int, default=2, help="of the first image; 0: no image")
     arguments.add_argument("--rounds", type=int, default=5)
@@ -32,11 +35,13 @@ def main() -> None:
     pipe = around(build(args.shape, args.device)).to(args.device)
     pixels = SHAPES[args.shape].pixels
     with tempfile.TemporaryDirectory() as folder:
-        files = [write_s2ft(pipe, Path(folder) / str(i), args.n, seed=i) for i in range(args.adapters)]
+        files = [
+            write_s2ft(pipe, Path(folder) / str(i), args.n, seed=i, targets=args.targets) for i in range(args.adapters)
+        ]
         size = files[0].stat().st_size
-        per_rank = write_lora(pipe, Path(folder) / "one", 1).stat().st_size
+        per_rank = write_lora(pipe, Path(folder) / "one", 1, args.targets).stat().st_size
         rank = max(1, round(size / per_rank))
-        lora = write_lora(pipe, Path(folder) / "lora", rank)
+        lora = write_lora(pipe, Path(folder) / "lora", rank, args.targets)
         stages: dict[str, dict[str, list[float]]] = {"S2FT": {}, f"LoRA r={rank}": {}}
 
         def staged(name: str, *actions: tuple[str, object]) -> None:
@@ -82,7 +87,8 @@ def switching(pipe, files: list[Path], rounds: int, clock: Callable[[], float]) 
     """Median seconds of a switch from one loaded adapter to another, with the first pass through every layer."""
     names = [pipe.load_s2ft_weights(path) for path in files]
     layers = [m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer)]
-    tokens = [torch.zeros(1, layer.in_features, device=layer.get_base_layer().weight.device) for layer in layers]
+    weights = [layer.get_base_layer().weight for layer in layers]
+    tokens = [torch.zeros(1, w.shape[1], *(1 for _ in w.shape[2:]), device=w.device) for w in weights]
     seconds = []
     for _ in range(rounds):
         for name in names[:2]:

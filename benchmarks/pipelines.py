@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from s2ft_diffusion import Rearrangement, S2FTConfig, attention_targets, toybox
+from s2ft_diffusion.pipelines.targets import Targets
 
 
 def around(unet: nn.Module) -> StableDiffusionPipeline:
@@ -38,26 +39,40 @@ def around(unet: nn.Module) -> StableDiffusionPipeline:
     return pipe
 
 
-def write_s2ft(pipe: StableDiffusionPipeline, folder: Path, n: int, seed: int = 0, dtype: str = "float16") -> Path:
-    """The file of a random adapter of the query and value layers."""
+def write_s2ft(
+    pipe: StableDiffusionPipeline,
+    folder: Path,
+    n: int,
+    seed: int = 0,
+    dtype: str = "float16",
+    targets: Targets = "qv",
+) -> Path:
+    """The file of a random adapter."""
     torch.manual_seed(seed)
-    config = S2FTConfig(target_modules=attention_targets(pipe.unet), n_frequency=n, init_weights=False, seed=seed)
-    pipe.unet.add_adapter(config, "made")
-    for name, module in pipe.unet.named_modules():
-        if name.endswith(".s2ft_delta.made"):
-            d, k = module.shape
-            coefficients = module.coefficients.detach() * 1e-3
-            signs = (torch.randint(0, 2, (n,), dtype=torch.int8) * 2 - 1 for n in (d, k))
-            module.place({}, Rearrangement(torch.randperm(d), torch.randperm(k), *signs))
-            module.coefficients.data.copy_(coefficients)
+    names = attention_targets(pipe.unet, targets)
+    pipe.unet.add_adapter(S2FTConfig(target_modules=names, n_frequency=n, init_weights=False, seed=seed), "made")
+    for name in names:
+        layer = pipe.unet.get_submodule(name)
+        delta, linear = layer.s2ft_delta["made"], isinstance(layer.get_base_layer(), nn.Linear)
+        coefficients = delta.coefficients.detach() * 1e-3
+        rows, columns = ((torch.randperm(n), _signs(n)) for n in delta.shape)
+        if not linear:  # a convolution's columns stay as they are
+            columns = torch.arange(delta.shape[1]), torch.ones(delta.shape[1], dtype=torch.int8)
+        delta.place({}, Rearrangement(rows[0], columns[0], rows[1], columns[1]))
+        delta.coefficients.data.copy_(coefficients)
     path = pipe.save_s2ft_weights(folder, dtype=dtype)
     pipe.unload_s2ft_weights()
     return path
 
 
-def write_lora(pipe: StableDiffusionPipeline, folder: Path, rank: int) -> Path:
+def _signs(n: int) -> torch.Tensor:
+    return torch.randint(0, 2, (n,), dtype=torch.int8) * 2 - 1
+
+
+def write_lora(pipe: StableDiffusionPipeline, folder: Path, rank: int, targets: Targets = "qv") -> Path:
     """The file of a random LoRA of the same layers, fp16."""
-    pipe.unet.add_adapter(LoraConfig(r=rank, target_modules=attention_targets(pipe.unet), init_lora_weights=False))
+    names = attention_targets(pipe.unet, targets)
+    pipe.unet.add_adapter(LoraConfig(r=rank, target_modules=names, init_lora_weights=False))
     state = {key: 1e-3 * tensor.half() for key, tensor in get_peft_model_state_dict(pipe.unet).items()}
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state)
     pipe.unload_lora_weights()

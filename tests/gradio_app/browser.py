@@ -130,6 +130,16 @@ def pixels(picture: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
 
 
+def open_history(page: playwright.Page) -> None:
+    """Bring the History tab to the front, and wait for the last thing that it does then by itself."""
+    page.evaluate("""() => {
+        const close = s2ft.closeUnpicked;
+        s2ft.closeUnpicked = () => {close.call(s2ft); s2ft.looked = true;};
+    }""")
+    tab(page, "History")
+    page.wait_for_function("s2ft.looked")
+
+
 def pick(page: playwright.Page, words: str = "") -> None:
     """Choose a picture of the history by what stands under it: of the list, since a click on the large view goes to the
     next one."""

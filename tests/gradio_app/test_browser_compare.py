@@ -10,6 +10,7 @@ from tests.gradio_app.browser import (
     chosen,
     generated,
     needs_browser,
+    open_history,
     pick,
     pick_item,
     prompt,
@@ -143,11 +144,8 @@ def test_a_picture_chosen_the_moment_it_appears_stays_chosen(page) -> None:
             const first = document.querySelector('#history .thumbnail-item');
             if (first) {self.disconnect(); first.click();}
         }).observe(document, {childList: true, subtree: true});
-        const close = s2ft.closeUnpicked;
-        s2ft.closeUnpicked = () => {close.call(s2ft); s2ft.looked = true;};
     }""")
-    tab(page, "History")
-    page.wait_for_function("s2ft.looked")
+    open_history(page)
     page.locator("#use-settings:enabled").wait_for()
     assert page.locator("#history .preview").count() == 1
     assert page.locator("#use-settings:enabled").count() == 1
@@ -157,7 +155,7 @@ def test_of_two_pictures_chosen_quickly_the_second_is_chosen(page) -> None:
     for seed in (51, 52):
         set_seed(page, seed)
         generated(page)
-    tab(page, "History")
+    open_history(page)
     chosen = page.locator("#image-settings")
     with slow_to_answer(page):
         page.locator("#history .thumbnail-item", has_text="seed 51 ·").first.click()
