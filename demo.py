@@ -30,7 +30,9 @@ from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS, Subject, write_photos
 ROOT = Path(__file__).resolve().parent
 TILE = 128
 SAMPLING = {"num_inference_steps": 25, "guidance_scale": 4.0}
-TRAINING = ["--max_train_steps", "300", "--train_batch_size", "4", "--adapter_dtype", "float16"]
+TRAINING = [
+    "--max_train_steps", "300", "--train_batch_size", "4", "--learning_rate", "5e-4", "--adapter_dtype", "float16",
+]  # fmt: skip
 
 
 def main() -> None:
@@ -61,9 +63,9 @@ def main() -> None:
 
 
 def train(subject: Subject, output_dir: Path, flags: Sequence[str] = ()) -> dict[str, Any]:
-    """Draw a subject's photos, train an adapter on them by the command line; returns the trainer's report."""
+    """Draw a subject's photos with captions, train an adapter by the command line; returns the trainer's report."""
     photos = output_dir / subject.name
-    write_photos(subject.name, photos)
+    write_photos(subject.name, photos, captions=True)
     command = [
         str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1",
         str(ROOT / "train_dreambooth_s2ft.py"),

@@ -29,7 +29,7 @@ def main() -> None:
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
             light = opened(browser, address, viewport={"width": 1180, "height": 800})
-            generate(light, images=4)
+            generate(light, "on the beach", "in the city", "at sunset", "wearing a crown")
             light.screenshot(path=args.folder / "app-generate.png")
             dark = opened(browser, f"{address}?__theme=dark", viewport={"width": 1180, "height": 700})
             dark.get_by_role("tab", name="Library").click()
@@ -38,7 +38,7 @@ def main() -> None:
             dark.wait_for_timeout(500)
             dark.screenshot(path=args.folder / "app-library.png")
             phone = opened(browser, address, viewport={"width": 390, "height": 992}, is_mobile=True, has_touch=True)
-            generate(phone, images=1)
+            generate(phone, "in the city")
             phone.screenshot(path=args.folder / "app-phone.png")
             browser.close()
         close(blocks, app)
@@ -53,20 +53,19 @@ def opened(browser: Browser, address: str, **options: Any) -> Page:
     return page
 
 
-def generate(page: Page, images: int) -> None:
-    """Images of the first adapter's subject in the snow."""
+def generate(page: Page, *scenes: str) -> None:
+    """An image of the first adapter's subject in each scene."""
     prompt = page.locator("#prompt textarea")
-    prompt.fill(f"{prompt.input_value()} in the snow")
+    subject = prompt.input_value()
+    prompt.fill("\n".join(f"{subject} {scene}" for scene in scenes))
     page.locator("#random input").uncheck()
-    if images > 1:
+    if len(scenes) > 1:
         page.get_by_role("button", name="More").click()
-        field = page.get_by_label("number input for Images")
-        field.fill(str(images))
-        field.press("Tab")
+        page.locator("#lines input").check()
         page.get_by_role("button", name="More").click()
     page.locator("#generate").click()
     page.wait_for_function("document.querySelector('#status .line').textContent === 'done'")
-    page.wait_for_function(f"document.querySelectorAll('#results img').length === {images}")
+    page.wait_for_function(f"document.querySelectorAll('#results img').length === {len(scenes)}")
     page.wait_for_timeout(1500)
     page.evaluate("scrollTo(0, 0)")
 

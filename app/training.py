@@ -187,12 +187,16 @@ class TrainingQueue:
         return found
 
     def close(self) -> None:
-        """Stop what is running, with a checkpoint; it goes on when there is an app on this folder again."""
+        """Stop what is running, with a checkpoint; it goes on when there is an app on this folder again.
+
+        Returns when it has stopped: this process may end then, and could not stop it any more.
+        """
         with self._wake:
             self._closed = True
             if self._child:
                 _stop(self._child[1])
             self._wake.notify_all()
+        self._thread.join(2 * PATIENCE)
 
     # The worker
 
@@ -207,7 +211,10 @@ class TrainingQueue:
                     continue
                 job = waiting[0]
             try:
-                self._set(job, state="running", starts=job.starts + 1)
+                with self._wake:
+                    if job.state != "waiting":  # cancelled just now
+                        continue
+                    self._set(job, state="running", starts=job.starts + 1)
                 self._run(job)
             except Exception as error:  # whatever it is, the next job shall run
                 logger.exception("training %s failed", job.id)

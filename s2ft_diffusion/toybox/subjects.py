@@ -62,6 +62,10 @@ class Subject:
         rng = random.Random(f"{self.name} photos")
         return [render(self.scene(background).posed(rng)) for background in self.photo_backgrounds()]
 
+    def captions(self) -> list[str]:
+        """What its instance images show: the prompt, and where."""
+        return [f"{self.instance_prompt} {BACKGROUNDS[name]}" for name in self.photo_backgrounds()]
+
     def pictures_elsewhere(self) -> list[tuple[Image.Image, str]]:
         """Two pictures of it at every place that its photos do not show, each with the place's words."""
         rng = random.Random(f"{self.name} unseen")
@@ -140,9 +144,16 @@ FURTHER_SUBJECTS = _by_name(
 ALL_SUBJECTS = {**SUBJECTS, **FURTHER_SUBJECTS}
 
 
-def write_photos(name: str, folder: Path) -> list[Path]:
-    """Write a subject's photos as PNG files; returns their paths. Raises KeyError for an unknown name."""
-    return write_pictures(ALL_SUBJECTS[name].photos(), folder)
+def write_photos(name: str, folder: Path, *, captions: bool = False) -> list[Path]:
+    """Write a subject's photos as PNG files, with a caption beside each if asked for; returns the photos' paths.
+
+    Raises KeyError for an unknown name.
+    """
+    subject = ALL_SUBJECTS[name]
+    paths = write_pictures(subject.photos(), folder)
+    for path, caption in zip(paths, subject.captions() if captions else [], strict=False):
+        path.with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
+    return paths
 
 
 def write_pictures(pictures: Iterable[Image.Image], folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,33 @@ def test_a_job_whose_folder_is_gone_does_not_stop_the_others(small, photos) -> N
     shutil.rmtree(small.folder / lost.id)
     until(lambda: last.state not in UNFINISHED)
     assert [job.state for job in (first, lost, last)] == ["done", "failed", "done"]
+
+
+def test_cancelled_the_moment_it_starts(small, photos, monkeypatch) -> None:
+    set_state, started, cancelling = small._set, threading.Event(), []
+
+    def late(job: Job, **changes) -> None:
+        if changes.get("state") == "running":
+            cancelling.append(threading.Thread(target=small.cancel, args=(job,)))
+            cancelling[0].start()
+            cancelling[0].join(1.0)
+        set_state(job, **changes)
+        if changes.get("state") == "running":
+            started.set()
+
+    monkeypatch.setattr(small, "_set", late)
+    job = submit(small, photos, steps=5000)
+    started.wait()
+    cancelling[0].join()
+    assert job.state == "cancelled"
+
+
+def test_what_runs_has_stopped_when_the_queue_is_closed(small, photos) -> None:
+    submit(small, photos, steps=5000)
+    until(lambda: small._child is not None)
+    trainer = small._child[1]
+    small.close()
+    assert trainer.poll() is not None
 
 
 def test_nobody_fills_the_queue(queue, photos) -> None:
