@@ -16,7 +16,7 @@ from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS
 
 from .server import DEMO_ADAPTERS
 
-SUBJECTS = ("widget", "salty")
+SUBJECTS = ("mittens", "widget")
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from s2ft_diffusion.toybox.subjects import ALL_SUBJECTS
+
 from .arguments import ROOT, parse_arguments
 from .server import DEMO_ADAPTERS, close, launch
 
@@ -29,7 +31,7 @@ def main() -> None:
         with sync_playwright() as driver:
             browser = driver.chromium.launch(executable_path=args.chromium, args=["--no-sandbox", "--disable-gpu"])
             light = opened(browser, address, viewport={"width": 1180, "height": 800})
-            generate(light, "on the beach", "in the city", "at sunset", "wearing a crown")
+            generate(light, "widget", "on the beach", "in the city", "in the forest", "wearing a crown")
             light.screenshot(path=args.folder / "app-generate.png")
             dark = opened(browser, f"{address}?__theme=dark", viewport={"width": 1180, "height": 700})
             dark.get_by_role("tab", name="Library").click()
@@ -38,7 +40,7 @@ def main() -> None:
             dark.wait_for_timeout(500)
             dark.screenshot(path=args.folder / "app-library.png")
             phone = opened(browser, address, viewport={"width": 390, "height": 992}, is_mobile=True, has_touch=True)
-            generate(phone, "in the city")
+            generate(phone, "mittens", "in the city")
             phone.screenshot(path=args.folder / "app-phone.png")
             browser.close()
         close(blocks, app)
@@ -53,11 +55,12 @@ def opened(browser: Browser, address: str, **options: Any) -> Page:
     return page
 
 
-def generate(page: Page, *scenes: str) -> None:
-    """An image of the first adapter's subject in each scene."""
-    prompt = page.locator("#prompt textarea")
-    subject = prompt.input_value()
-    prompt.fill("\n".join(f"{subject} {scene}" for scene in scenes))
+def generate(page: Page, adapter: str, *scenes: str) -> None:
+    """An image of a sample adapter's subject in each scene."""
+    subject = ALL_SUBJECTS[adapter].instance_prompt
+    page.locator("#adapter .tile", has_text=adapter).click()
+    page.wait_for_function("words => document.querySelector('#prompt textarea').value === words", arg=subject)
+    page.locator("#prompt textarea").fill("\n".join(f"{subject} {scene}" for scene in scenes))
     page.locator("#random input").uncheck()
     if len(scenes) > 1:
         page.get_by_role("button", name="More").click()

@@ -71,8 +71,8 @@ def test_spectrum_reports_and_resumes(tmp_path, monkeypatch, capsys) -> None:
     few = {name: (kind, 1) for name, (kind, _) in spectrum.PRIORS.items()}
     monkeypatch.setattr(spectrum, "PRIORS", few)
     options = [
-        "spectrum", "--subjects", "salty", "--truth_steps", "4", "--device", "cpu", "--output_dir", str(tmp_path),
-        "--adapter", str(ROOT / "app" / "adapters" / "salty.safetensors"),
+        "spectrum", "--subjects", "mittens", "--truth_steps", "4", "--device", "cpu", "--output_dir", str(tmp_path),
+        "--adapter", str(ROOT / "app" / "adapters" / "mittens.safetensors"),
     ]  # fmt: skip
     assert main(options) == 0
     report = json.loads((tmp_path / "spectrum.json").read_text())
@@ -85,11 +85,11 @@ def test_spectrum_reports_and_resumes(tmp_path, monkeypatch, capsys) -> None:
     assert all(0 < row[key]["mean"] < 1 for row in rows.values() for key in ("sampled", "top"))
     assert report["adapter"]["layers"] == 28  # of those that the adapter has, convolutions too
     assert 0 < report["adapter"]["reached"] <= 1
-    assert len(report["layers"]["salty"]["+ complex"]["top"]) == 28
+    assert len(report["layers"]["mittens"]["+ complex"]["top"]) == 28
     assert (tmp_path / "spectrum.png").exists()
     assert "| + complex |" in (tmp_path / "spectrum.md").read_text()
-    before = (tmp_path / "salty.json").stat().st_mtime_ns
+    before = (tmp_path / "mittens.json").stat().st_mtime_ns
     assert main(options) == 0
-    assert (tmp_path / "salty.json").stat().st_mtime_ns == before
+    assert (tmp_path / "mittens.json").stat().st_mtime_ns == before
     assert main([*options, "--truth_steps", "1"]) == 2
     assert "--truth_steps" in capsys.readouterr().err
