@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 
 def trigger_words(instance_prompt: str | None) -> str:
@@ -29,6 +30,13 @@ def exchanged(prompt: str, new: str | None, others: Iterable[str | None]) -> str
             if _whole(found).search(prompt):
                 return _whole(found).sub(lambda _: replacement, prompt)  # noqa: B023  (called at once)
     return prompt
+
+
+def differing(prompts: Sequence[str]) -> list[str]:
+    """What tells prompts apart: each without the words that all begin with, or whole where nothing would be left."""
+    words = [prompt.split() for prompt in prompts]
+    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False)))
+    return [" ".join(found[same:]) or prompt for found, prompt in zip(words, prompts, strict=True)]
 
 
 def _whole(words: str) -> re.Pattern[str]:

@@ -19,6 +19,7 @@ from ..frontend import UNLESS_TYPED
 from ..history import load_png, settings_of
 from ..library import base_name
 from ..limits import RequestError
+from ..prompts import differing
 from ..words import shown
 from .parts import line
 
@@ -152,9 +153,9 @@ class GenerateTab:
             **QUIET,
         ).success(None, [self.proposal, self.prompt], self.prompt, js=UNLESS_TYPED, **QUIET)
         gr.on(
-            [self.prompt.change, self.negative.change],
+            [self.prompt.change, self.negative.change, self.each_line.change],
             self.token_words,
-            [self.prompt, self.negative],
+            [self.prompt, self.negative, self.each_line],
             self.tokens,
             trigger_mode="always_last",
             **QUIET,
@@ -209,6 +210,7 @@ class GenerateTab:
         )
         prompts = limits.lines("prompts", settings.prompt) if each_line is True else [settings.prompt]
         wishes = [replace(settings, prompt=prompt) for prompt in prompts]
+        told_apart = dict(zip(prompts, differing(prompts), strict=True))
         wanted = len(wishes) * settings.images
         made: dict[str, Any] = {"wanted": wanted, "images": [], "settings": []}
         subject = self.app.file_name(settings.adapters[0][0] if settings.adapters else NONE)
@@ -230,7 +232,9 @@ class GenerateTab:
             file = gr.processing_utils.save_pil_to_cache(
                 now.image, str(self.app.downloads), name=f"{subject}-{own.seed}", format="png"
             )
-            words = f"seed {own.seed}" + (f" · {own.prompt}" if len(wishes) > 1 else "")
+            words = (
+                f"{told_apart.get(own.prompt, own.prompt)} · seed {own.seed}" if len(wishes) > 1 else f"seed {own.seed}"
+            )
             made["images"].append((file, words))  # a file, so that showing it again does not encode it again
             made["settings"].append(now.image.info["s2ft"])
             if len(made["images"]) < wanted:  # shown at once: should the page cancel the event, it has no last word
@@ -264,16 +268,19 @@ class GenerateTab:
         """What is written, and what to have instead for an adapter that was just chosen."""
         return [prompt, self.app.exchanged(prompt, adapter, second)]
 
-    def token_words(self, prompt: str, negative_prompt: str = "") -> str:
-        """The line under the prompt, which also says what is not read of the negative one."""
+    def token_words(self, prompt: str, negative_prompt: str = "", each_line: bool = False) -> str:
+        """The line under the prompt, which also says what is not read, of the negative one too."""
+        prompts = [line for line in prompt.splitlines() if line.strip()] if each_line is True else []
         try:
-            count, negative = self.count_tokens(prompt), self.count_tokens(negative_prompt)
+            counts = [self.count_tokens(words) for words in prompts or [prompt]]
+            negative = self.count_tokens(negative_prompt)
         except RequestError as error:
             return f"!{error}"
-        if not count["limit"]:
+        longest = max(counts, key=lambda count: count["tokens"])
+        if not longest["limit"]:
             return ""
-        said = f"{count['tokens']} of {count['limit']} tokens"
-        unread = [f"“{count['unread']}” is not read"] if count["unread"] else []
+        said = f"{longest['tokens']} of {longest['limit']} tokens" + (" in the longest line" if len(counts) > 1 else "")
+        unread = [f"“{count['unread']}” is not read" for count in counts if count["unread"]]
         unread += [f"“{negative['unread']}” of the negative prompt is not read"] if negative["unread"] else []
         return f"!{said}: {'; '.join(unread)}" if unread else said
 

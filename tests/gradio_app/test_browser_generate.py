@@ -196,7 +196,8 @@ def test_a_prompt_a_line(page) -> None:
     button(page, "Generate").click()
     wait_for_status(page, "done")
     page.wait_for_function("document.querySelectorAll('#results img').length === 2")
-    assert page.locator("#results").get_by_text("a blue cat").count()
+    assert page.locator("#results").get_by_text("blue cat · seed").count()
+    page.locator("#tokens").get_by_text("in the longest line").wait_for()
 
 
 def test_a_picture_gives_its_settings_back(page, tmp_path) -> None:

@@ -314,6 +314,22 @@ def test_the_line_under_the_prompt(prompt, negative, said) -> None:
     assert GenerateTab.token_words(SimpleNamespace(count_tokens=count), prompt, negative) == said
 
 
+def test_the_line_under_prompts_one_a_line() -> None:
+    """Each is counted for itself."""
+
+    def count(text: str) -> dict[str, object]:
+        words = text.split()
+        return {"tokens": len(words), "limit": 3, "unread": " ".join(words[3:])}
+
+    def said(prompt: str, each_line: bool) -> str:
+        return GenerateTab.token_words(SimpleNamespace(count_tokens=count), prompt, "", each_line)
+
+    assert said("a red\n\na blue cat", True) == "3 of 3 tokens in the longest line"
+    assert said("a red\na blue cat", False) == "!5 of 3 tokens: “blue cat” is not read"
+    assert said("a red cat here\na blue cat", True) == "!4 of 3 tokens in the longest line: “here” is not read"
+    assert said(" ", True) == "0 of 3 tokens"
+
+
 def test_compare_grid(client, named) -> None:
     wish = {"prompts": "a red dog\na blue cat", "strengths": "1", "seeds": 2, **QUICK}
     sheet, status = client.predict(

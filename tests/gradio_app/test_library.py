@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from app.library import Library, plain
 from app.limits import RequestError
-from app.prompts import exchanged
+from app.prompts import differing, exchanged
 from app.tabs.library import details
 from app.words import drawn
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
@@ -286,6 +286,12 @@ def test_what_was_made_for_another_base_is_said(adapters, engine, fresh, tmp_pat
 )
 def test_another_adapter_exchanges_the_trigger_words(prompt, new, others, wanted) -> None:
     assert exchanged(prompt, new, others) == wanted
+
+
+def test_what_tells_prompts_apart() -> None:
+    assert differing(["a photo of sks dog on the beach", "a photo of sks dog in space"]) == ["on the beach", "in space"]
+    assert differing(["a red dog", "a red dog in space"]) == ["a red dog", "in space"]
+    assert differing(["a dog"]) == ["a dog"]
 
 
 def test_messages_for_strangers_have_no_paths(tmp_path) -> None:
