@@ -232,9 +232,9 @@ class GenerateTab:
             file = gr.processing_utils.save_pil_to_cache(
                 now.image, str(self.app.downloads), name=f"{subject}-{own.seed}", format="png"
             )
-            words = (
-                f"{told_apart.get(own.prompt, own.prompt)} · seed {own.seed}" if len(wishes) > 1 else f"seed {own.seed}"
-            )
+            words = f"seed {own.seed}"
+            if len(wishes) > 1:
+                words = f"{told_apart.get(own.prompt, own.prompt)} · {words}"
             made["images"].append((file, words))  # a file, so that showing it again does not encode it again
             made["settings"].append(now.image.info["s2ft"])
             if len(made["images"]) < wanted:  # shown at once: should the page cancel the event, it has no last word
