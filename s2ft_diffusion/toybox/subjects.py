@@ -151,8 +151,9 @@ def write_photos(name: str, folder: Path, *, captions: bool = False) -> list[Pat
     """
     subject = ALL_SUBJECTS[name]
     paths = write_pictures(subject.photos(), folder)
-    for path, caption in zip(paths, subject.captions() if captions else [], strict=False):
-        path.with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
+    if captions:
+        for path, caption in zip(paths, subject.captions(), strict=True):
+            path.with_suffix(".txt").write_text(f"{caption}\n", encoding="utf-8")
     return paths
 
 
