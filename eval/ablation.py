@@ -20,11 +20,13 @@ from .table import markdown, markdown_of_trials
 # Group, then what each variant changes in the default preset or its estimate.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sampling": {
-        "random": {"sampling": "random"},
-        "low frequency": {"sampling": "low_frequency"},
-        "the largest": {"sampling": "top"},
+        title + words: {"sampling": sampling, **options}
+        for title, options in {"": {}, "free, ": {"positions": "free"}}.items()
+        for words, sampling in {"random": "random", "low frequency": "low_frequency", "the largest": "top"}.items()
+        if options or sampling != "top"  # which a dense grid has already
     },
-    "gamma": {f"gamma {g:g}": {"gamma": g} for g in (0.5, 1.0, 1.5, 3.0, 5.0)},
+    # A dense grid draws nothing: gamma is for free positions. 2 is the default's, which "positions: free" has.
+    "gamma": {f"gamma {g:g}": {"positions": "free", "gamma": g} for g in (0.5, 1.0, 1.5, 3.0, 5.0)},
     "n": {f"n {n}": {"n_frequency": n} for n in (0.005, 0.01, 0.04, 0.08)},
     # As many in all as the default's 0.0016 of each layer's weights have on the toybox.
     "spread": {"the same number in each layer": {"n_frequency": 171}},
@@ -37,6 +39,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "positions": {
         "free": {"positions": "free"},
         **{f"oversampling {m}": {"oversampling": m} for m in (4, 8)},
+        "oversampling 4, the largest": {"oversampling": 4, "sampling": "top"},
     },
     "coefficients": {"real": {"positions": "free", "coefficients": "real"}},
     "norm": {"backward": {"positions": "free", "norm": "backward", "scaling": 100.0}},

@@ -85,6 +85,15 @@ def test_a_run_learns(packed, models, task, method) -> None:
     assert again["score"] == row["score"]
 
 
+def test_small_takes_fewer_images_and_epochs(packed, models, monkeypatch) -> None:
+    monkeypatch.setattr(training, "SMALL_IMAGES", {"validation": 7, "test": 9})
+    whole, small = (training.load_task("images", packed, models, torch.device("cpu"), small=s) for s in (False, True))
+    assert [len(small.labels[split]) for split in ("validation", "test")] == [7, 9]
+    assert torch.equal(small.inputs["test"], whole.inputs["test"][:9])
+    assert torch.equal(small.inputs["train"], whole.inputs["train"])
+    assert small.epochs < whole.epochs
+
+
 def test_small_takes_fewer_and_short_texts(packed, models, monkeypatch) -> None:
     monkeypatch.setattr(training, "SMALL", {"train": 40, "validation": 20, "test": 100})
     monkeypatch.setattr(training, "SMALL_LENGTH", 9)

@@ -33,6 +33,7 @@ from .runs import Run
 MEAN, STD = 0.449, 0.226  # of grey ImageNet pixels
 WARM_UP = 0.1  # of the steps
 SMALL, SMALL_LENGTH = {"train": 400, "validation": 300, "test": 600}, 16  # texts of at most so many tokens
+SMALL_IMAGES, SMALL_EPOCHS = {"validation": 1000, "test": 2000}, 5
 RECORDINGS = 2  # steps before a graph is recorded, so that libraries have their plans and workspaces
 
 
@@ -70,7 +71,7 @@ def load_task(
 ) -> Task:
     """A task by name from packed data and unpacked models.
 
-    `epochs` is a factor, for a trial. `small` is the texts' tasks for a CPU: fewer and shorter texts (`SMALL`).
+    `epochs` is a factor, for a trial. `small` is for a CPU: fewer and shorter texts (`SMALL`), fewer epochs of images.
     """
     images = name == "images"
     kind = AutoModelForImageClassification if images else AutoModelForSequenceClassification
@@ -91,7 +92,11 @@ def load_task(
     if name != "ratings":
         labels = {split: classes.long() for split, classes in labels.items()}
     batch_size, count = (64, 100) if images else (32, 5)
-    if small and not images:
+    if small and images:
+        batch_size, count = 32, SMALL_EPOCHS
+        for split, size in SMALL_IMAGES.items():
+            inputs[split], labels[split] = inputs[split][:size], labels[split][:size]
+    elif small:
         batch_size, count = 16, 3
         for split, size in SMALL.items():
             short = (inputs[split][:, SMALL_LENGTH:] == (config.pad_token_id or 0)).all(1).nonzero()[:size, 0]
