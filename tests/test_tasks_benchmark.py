@@ -86,11 +86,11 @@ def test_a_run_learns(packed, models, task, method) -> None:
 
 
 def test_small_takes_fewer_images_and_epochs(packed, models, monkeypatch) -> None:
-    monkeypatch.setattr(training, "SMALL_IMAGES", {"validation": 7, "test": 9})
+    monkeypatch.setattr(training, "SMALL_IMAGES", {"train": 8, "validation": 7, "test": 9})
     whole, small = (training.load_task("images", packed, models, torch.device("cpu"), small=s) for s in (False, True))
-    assert [len(small.labels[split]) for split in ("validation", "test")] == [7, 9]
-    assert torch.equal(small.inputs["test"], whole.inputs["test"][:9])
-    assert torch.equal(small.inputs["train"], whole.inputs["train"])
+    for split, size in training.SMALL_IMAGES.items():
+        assert torch.equal(small.inputs[split], whole.inputs[split][:size])
+        assert torch.equal(small.labels[split], whole.labels[split][:size])
     assert small.epochs < whole.epochs
 
 
@@ -192,6 +192,7 @@ def test_real_models_and_data(tmp_path) -> None:
 def test_choosing_waits_for_rates() -> None:
     queue = runs.queue(["images"])
     assert len({run.key() for run in queue}) == len(queue)
+    assert {run.task for run in runs.queue(ablated="ratings") if run.study != "comparison"} == {"ratings"}
     pending = list(queue)
     assert len(workers.choose(pending, [], 100)) == 3 * len(runs.METHODS)
     assert not workers.choose(pending, [], 100)

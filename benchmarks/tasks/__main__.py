@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--together", type=int, default=8, help="runs at a time in each process, on a GPU")
     parser.add_argument("--seconds", type=float, default=1e6, help="stop after so long; what is done is kept")
     parser.add_argument("--epochs", type=float, default=1.0, help="a factor, for a trial")
-    parser.add_argument("--small", action="store_true", help="for a CPU: fewer and shorter texts, few epochs of images")
+    parser.add_argument("--small", action="store_true", help="for a CPU: fewer images, fewer and shorter texts")
     parser.add_argument("--seeds", type=int, default=5, help="of test rows")
     parser.add_argument("--with_cost", action="store_true", help="with `run`: measure the cost first")
     args = parser.parse_args()
@@ -62,7 +62,7 @@ def main() -> None:
             measure(args.costs, args.device)
 
         run_queue(
-            queue(args.tasks, SEEDS[: args.seeds]),
+            queue(args.tasks, SEEDS[: args.seeds], ablated="ratings" if args.small else "images"),
             args.rows,
             args.data,
             device=args.device,

@@ -81,21 +81,21 @@ def main_run(task: str, method: str, seed: int, **more: Any) -> Run:
     return Run(task, "comparison", method, seed, numbers=NUMBERS[task].get(method, S2FT_NUMBERS), **more)
 
 
-def ablations(seed: int) -> list[Run]:
-    """The paper's Figure 6 and Tables 6, 7 and 9, on images; what the comparison has already is not here."""
+def ablations(seed: int, task: str = "images") -> list[Run]:
+    """The paper's Figure 6 and Tables 6, 7 and 9, on one task; what the comparison has already is not here."""
     found = []
     for numbers in (128, 2048, 256, 1024, 512):  # Figure 6
         for method in ("fourierft", "s2ft paper", "s2ft default"):
-            run = main_run("images", method, seed)
+            run = main_run(task, method, seed)
             if numbers != run.numbers:  # a step of the same size in the weights
                 factor = math.sqrt(run.numbers / numbers)
                 found.append(replace(run, study="numbers", numbers=numbers, rate_factor=factor))
     for method in ("s2ft paper", "s2ft default"):
-        run = main_run("images", method, seed)
+        run = main_run(task, method, seed)
         for sampling in ("random", "low_frequency"):  # Table 7
             found.append(replace(run, study="sampling", options=(("sampling", sampling),)))
         found.append(replace(run, study="order", options=(("rearrange", "none"),)))
-    paper, default = (replace(main_run("images", f"s2ft {p}", seed), study="prior") for p in ("paper", "default"))
+    paper, default = (replace(main_run(task, f"s2ft {p}", seed), study="prior") for p in ("paper", "default"))
     found += [
         replace(paper, estimate="full"), replace(paper, estimate="full", estimate_batches=3 * EPOCH),
         replace(default, estimate="gradient"), replace(default, estimate_batches=3 * EPOCH),
@@ -104,8 +104,8 @@ def ablations(seed: int) -> list[Run]:
     return found
 
 
-def queue(tasks: Iterable[str] = TASKS, seeds: Sequence[int] = SEEDS) -> list[Run]:
-    """All runs, the most wanted first: rates, then seeds with all methods alike, then ablations."""
+def queue(tasks: Iterable[str] = TASKS, seeds: Sequence[int] = SEEDS, ablated: str = "images") -> list[Run]:
+    """All runs, the most wanted first: rates, then seeds with all methods alike, then one task's ablations."""
     found = []
     for task in tasks:
         for place in (1, 0, 2):  # the middle rate first
@@ -113,9 +113,9 @@ def queue(tasks: Iterable[str] = TASKS, seeds: Sequence[int] = SEEDS) -> list[Ru
                 found.append(main_run(task, method, 0, split="validation", rate=RATES[method][place]))
     for seed in seeds:
         found += [main_run(task, method, seed) for task in tasks for method in METHODS]
-    if "images" in tasks:
+    if ablated in tasks:
         for seed in seeds[:3]:
-            found += ablations(seed)
+            found += ablations(seed, ablated)
     return found
 
 

@@ -74,23 +74,27 @@ def variant(row: Row) -> str:
     study = row["study"]
     if study == "prior":
         kind = row["estimate"] if row["estimate"] != "auto" else "full"
-        return f"{kind}, {row['estimate_batches'] // 16} epoch{'s' if row['estimate_batches'] > 16 else ''}"
+        return f"{kind}, {row['estimate_batches']} batches"
     if study == "numbers":
         return str(row["numbers"])
     return ", ".join(f"{name} {value}" for name, value in row["options"].items())
 
 
 def ablation(rows: Sequence[Row], study: str, plain: Mapping[str, str]) -> str:
-    """One study: variants down, methods across; `plain` names what the comparison's rows are, by method."""
+    """One study: variants down, methods across.
+
+    `plain` names what the comparison's rows are, by method; "" names them by their numbers.
+    """
     mine: dict[str, dict[str, list[Row]]] = {}
     methods: dict[str, None] = {}
+    ablated = {row["task"] for row in rows if row["study"] == study}
     for row in rows:
-        if row["task"] != "images" or row["split"] != "test":
+        if row["task"] not in ablated or row["split"] != "test":
             continue
         if row["study"] == study:
             name = variant(row)
         elif row["study"] == "comparison" and row["method"] in plain:
-            name = plain[row["method"]]
+            name = plain[row["method"]] or str(row["numbers"])
         else:
             continue
         methods.setdefault(row["method"])
@@ -131,11 +135,11 @@ def tables(rows: Sequence[Row], cost_path: Path) -> str:
         if any(row["task"] == task for row in rows):
             parts += [f"### {TITLES[task]}", comparison(rows, task)]
     plain = {
-        "numbers": {"fourierft": "1024", "s2ft paper": "512", "s2ft default": "512"},
+        "numbers": dict.fromkeys(("fourierft", "s2ft paper", "s2ft default"), ""),
         "sampling": {"s2ft paper": "sampling power", "s2ft default": "sampling power"},
         "gamma": {"s2ft paper": "gamma 1.5"},
         "order": {"s2ft paper": "rearrange nearest_neighbor", "s2ft default": "rearrange nearest_neighbor"},
-        "prior": {"s2ft paper": "gradient, 1 epoch", "s2ft default": "full, 1 epoch"},
+        "prior": {"s2ft paper": "gradient, 16 batches", "s2ft default": "full, 16 batches"},
     }
     for study, names in plain.items():
         if any(row["study"] == study for row in rows):

@@ -33,7 +33,7 @@ from .runs import Run
 MEAN, STD = 0.449, 0.226  # of grey ImageNet pixels
 WARM_UP = 0.1  # of the steps
 SMALL, SMALL_LENGTH = {"train": 400, "validation": 300, "test": 600}, 16  # texts of at most so many tokens
-SMALL_IMAGES, SMALL_EPOCHS = {"validation": 1000, "test": 2000}, 5
+SMALL_IMAGES, SMALL_EPOCHS = {"train": 200, "validation": 1000, "test": 2000}, 16
 RECORDINGS = 2  # steps before a graph is recorded, so that libraries have their plans and workspaces
 
 
@@ -71,7 +71,7 @@ def load_task(
 ) -> Task:
     """A task by name from packed data and unpacked models.
 
-    `epochs` is a factor, for a trial. `small` is for a CPU: fewer and shorter texts (`SMALL`), fewer epochs of images.
+    `epochs` is a factor, for a trial. `small` is for a CPU: fewer images and epochs, fewer and shorter texts (`SMALL`).
     """
     images = name == "images"
     kind = AutoModelForImageClassification if images else AutoModelForSequenceClassification
@@ -93,7 +93,7 @@ def load_task(
         labels = {split: classes.long() for split, classes in labels.items()}
     batch_size, count = (64, 100) if images else (32, 5)
     if small and images:
-        batch_size, count = 32, SMALL_EPOCHS
+        batch_size, count = 16, SMALL_EPOCHS
         for split, size in SMALL_IMAGES.items():
             inputs[split], labels[split] = inputs[split][:size], labels[split][:size]
     elif small:
