@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,15 +30,13 @@ class App:
 
     def __post_init__(self) -> None:
         self.running = Running(self.engine.threads)
-        self.downloads = Path(tempfile.mkdtemp(prefix="s2ft-app-"))
 
     def close(self) -> None:
-        """Stop what is under way, and leave no temporary files."""
+        """Stop what is under way."""
         self.running.cancel_all()
         self.engine.threads.shutdown()
         if self.trainings is not None:
             self.trainings.close()
-        shutil.rmtree(self.downloads, ignore_errors=True)
         if self.lock is not None:
             self.lock.release()
 
@@ -53,10 +49,21 @@ class App:
         others = [entry.info.instance_prompt for entry in self.library.search() if entry.id not in (adapter, second)]
         return exchanged(prompt or "", self.prompt_of(adapter), others)
 
+    def usable(self, adapter: str) -> bool:
+        """Whether there is such an adapter, and it fits the base."""
+        return any(adapter == there for _, there in self.library.choices())
+
     def file_name(self, adapter: str) -> str:
         """What to call a file that is about an adapter."""
         name = self.library.get(adapter).name if adapter else "base"
         return "".join(c if c.isalnum() else "-" for c in name).strip("-")[:60] or "adapter"
+
+
+def given_out(path: Path, part: gr.components.Component) -> str:
+    """A copy of a file that the page may give away, under the same name; Gradio removes it a day later."""
+    copy = gr.processing_utils.save_file_to_cache(path, part.GRADIO_CACHE)
+    part.temp_files.add(copy)
+    return copy
 
 
 def user_of(request: gr.Request) -> str | None:

@@ -202,6 +202,10 @@ class Engine:
             return torch.cuda.max_memory_allocated(self.device)
         return resident_peak()
 
+    def scheduler(self, wanted: str) -> str:
+        """A scheduler by name, or the first one where the base has none of that name."""
+        return wanted if wanted in self.schedulers else self.schedulers[0]
+
     @property
     def schedulers(self) -> list[str]:
         """What the base can be sampled with, the usual one first."""

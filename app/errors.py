@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -13,6 +14,16 @@ import gradio as gr
 from .limits import RequestError
 
 logger = logging.getLogger("app")
+
+
+def plain_text(words: str) -> str:
+    """Words for a message, which Gradio would take for HTML: names in them come from strangers' files."""
+    return html.escape(words, quote=False)
+
+
+def message(words: str) -> gr.Error:
+    """An error that the page shows."""
+    return gr.Error(plain_text(words), print_exception=False)
 
 
 def polite(action: Callable[..., Any], failed: Callable[[str], tuple[Any, ...]] | None = None) -> Callable[..., Any]:
@@ -36,7 +47,7 @@ def polite(action: Callable[..., Any], failed: Callable[[str], tuple[Any, ...]] 
         except gr.Error:
             raise
         except Exception as error:
-            raise gr.Error(words(error), print_exception=False) from None
+            raise message(words(error)) from None
 
     @wraps(action)
     def iterate(*args: Any, **kwargs: Any) -> Iterator[Any]:
@@ -45,9 +56,9 @@ def polite(action: Callable[..., Any], failed: Callable[[str], tuple[Any, ...]] 
         except gr.Error:
             raise
         except Exception as error:
-            message = words(error)
+            said = words(error)
             if failed is not None:
-                yield failed(message)
-            raise gr.Error(message, print_exception=False) from None
+                yield failed(said)
+            raise message(said) from None
 
     return iterate if inspect.isgeneratorfunction(action) else run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def export(parts: Sequence[tuple[Entry, float]], tool: str, base: str, folder: P
     if tool not in TOOLS:
         raise RequestError(f"The tool must be one of {', '.join(TOOLS)}.")
     location = toybox.resolve(base)
-    out = Path(tempfile.mkdtemp(dir=folder)) / f"{name}-{TOOLS[tool]}.safetensors"
+    out = folder / f"{name}-{TOOLS[tool]}.safetensors"
     try:
         written = convert.add(
             [(entry.path, strength) for entry, strength in parts],

@@ -113,6 +113,14 @@ element.querySelector('legend').textContent = LABEL;
 element.querySelector('fieldset').className = 'tiles ' + LOOK;
 nothing.textContent = 'Nothing found.';
 const chosen = () => MANY ? (props.value || []) : [props.value];
+// What is gone from the library is let go of; the wall keeps what a search only hides.
+function drop() {
+  const there = new Set((props.choices || []).map(choice => choice.id));
+  const kept = chosen().filter(id => !id || there.has(id));
+  if (LOOK === 'wall' || kept.length === chosen().length) return;
+  props.value = MANY ? kept : '';
+  trigger('input');
+}
 function mark() {
   for (const input of all.querySelectorAll('input')) input.checked = chosen().includes(input.value);
 }
@@ -131,6 +139,7 @@ function show() {
     return tile;
   }));
   nothing.hidden = all.childElementCount > 0;
+  drop();
   mark();
 }
 all.addEventListener('change', () => {
@@ -149,8 +158,11 @@ MENU_TEMPLATE = '<label class="menu"><span></span><select></select></label>'
 MENU_JS = """
 const list = element.querySelector('select');
 element.querySelector('span').textContent = LABEL;
+let before = null;
 function show() {
-  list.replaceChildren(...(props.choices || []).map(choice => new Option(choice, choice)));
+  const now = JSON.stringify(props.choices), option = choice => new Option(choice.label ?? choice, choice.id ?? choice);
+  if (now !== before) list.replaceChildren(...(props.choices || []).map(option));  // else an open list would close
+  before = now;
   list.value = props.value;
 }
 list.addEventListener('change', () => {
@@ -229,12 +241,19 @@ window.s2ft = {
   press(selector) {  // once the button's file is there
     setTimeout(() => document.querySelector(selector)?.closest('a, button')?.click(), 200);
   },
+  begin(go, line, status) {  // the line and the two buttons: as they are, where the first is off
+    const same = {__type__: 'update'};
+    if (document.querySelector(go)?.disabled !== false) return [status, same, same];
+    this.reveal(line);
+    return ['queued', {...same, interactive: false}, {...same, interactive: true}];
+  },
   start(random, seed, status) {
-    const go = document.querySelector('#generate');
-    if (!go || go.disabled) return [seed, status, {__type__: 'update'}, {__type__: 'update'}];
-    this.reveal('#status');
-    return [random ? Math.floor(Math.random() * 2 ** 32) : seed, 'queued',
-            {__type__: 'update', interactive: false}, {__type__: 'update', interactive: true}];
+    const begun = this.begin('#generate', '#status', status), drawn = Math.floor(Math.random() * 2 ** 32);
+    return [random && begun[1].interactive === false ? drawn : seed, ...begun];
+  },
+  able(stop, can) {  // whether a button may be on: not while what it began goes on
+    const same = {__type__: 'update'};
+    return document.querySelector(stop)?.disabled === false ? same : {...same, interactive: can};
   },
   write(changes, push) {
     const address = new URL(location);
@@ -258,8 +277,9 @@ window.s2ft = {
       const changes = {};
       for (const [name, value] of Object.entries(values))
         changes[name] = [null, ''].includes(value) || `${value}` === `${defaults[name]}` ? null : `${value}`;
-      if (values.prompt === '' && defaults.prompt) changes.prompt = '';
-      changes.seed = random ? null : String(values.seed);
+      // Without one, a link has the prompt of its adapter.
+      if (changes.adapter || (values.prompt === '' && defaults.prompt)) changes.prompt = values.prompt;
+      changes.seed = random || !(Number.isInteger(values.seed) && values.seed >= 0) ? null : String(values.seed);
       this.write(changes, false);
     }, 300);
   },

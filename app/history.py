@@ -102,6 +102,12 @@ def load_png(path: Path) -> Image.Image:
         return image
 
 
+def read_settings(path: Path) -> Settings:
+    """The settings that a PNG was made with, without its pixels; raises RequestError if it carries none."""
+    with Image.open(path) as image:
+        return settings_of(image)
+
+
 def settings_of(image: Image.Image) -> Settings:
     """The settings an image was made with; raises RequestError if it carries none."""
     text = image.info.get("s2ft")

@@ -62,7 +62,7 @@ def number(name: str, value: Any, bounds: tuple[float, float]) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise RequestError(f"{name} must be a number.")
     if not low <= value <= high:
-        raise RequestError(f"{name} must be from {low:g} to {high:g}, got {value:g}.")
+        raise RequestError(f"{name} must be from {low:,.12g} to {high:,.12g}, got {value:,.12g}.")
     return float(value)
 
 

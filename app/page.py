@@ -19,7 +19,7 @@ from .tabs.generate import GenerateTab
 from .tabs.history import HistoryTab
 from .tabs.inspect import InspectTab
 from .tabs.library import LibraryTab
-from .tabs.parts import tile, tiles
+from .tabs.parts import QUIET, tile, tiles
 from .tabs.train import TrainTab
 
 TITLE = "S²FT adapters"
@@ -74,8 +74,7 @@ class Page:
         self.adapters: list[tuple[gr.HTML, bool]] = []  # tiles of adapters, and whether "none" is among them
         usual, scheduler = app.engine.usual, app.engine.schedulers[0]
         self.defaults = {"steps": usual.steps, "guidance": usual.guidance, "seed": 0, "scheduler": scheduler}
-        choices = app.library.choices()
-        self.first = choices[0][1] if choices else NONE
+        self.first = self.first_adapter()  # what the page begins with
 
     def build(self) -> gr.Blocks:
         tabs = {"generate": GenerateTab, "library": LibraryTab, "compare": CompareTab, "train": TrainTab,
@@ -130,6 +129,11 @@ class Page:
 
     # What several tabs take part in
 
+    def first_adapter(self) -> str:
+        """The adapter to begin with, if there is one."""
+        choices = self.app.library.choices()
+        return choices[0][1] if choices else NONE
+
     @property
     def adapter_parts(self) -> list[gr.HTML]:
         """All tiles of adapters."""
@@ -140,25 +144,25 @@ class Page:
         choices = {none: self.choices(none=none) for none in (True, False)}
         return [gr.update(choices=choices[none]) for _, none in self.adapters]
 
-    def use(self, adapter: str, prompt: str) -> tuple[Any, ...]:
+    def use(self, adapter: str, prompt: str, second: str) -> tuple[Any, ...]:
         """An adapter and its prompt for the Generate tab, which comes to the front."""
-        return adapter, self.app.exchanged(prompt, adapter), gr.Tabs(selected="generate")
+        return adapter, self.app.exchanged(prompt, adapter, second), gr.Tabs(selected="generate")
 
     def use_on(self, button: gr.Button, adapter: gr.State) -> Dependency:
         """Have a button take an adapter to the Generate tab."""
         generate = self.generate
         return button.click(
             polite(self.use),
-            [adapter, generate.prompt],
+            [adapter, generate.prompt, generate.second],
             [generate.adapter, generate.prompt, self.tabs],
-            api_visibility="private",
+            trigger_mode="always_last",
+            **QUIET,
         )
 
     # The address
 
     def wire_address(self) -> None:
         """Keep the tab and what is chosen on the Generate tab in the address, and read them from there."""
-        quiet = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
         generate = self.generate
         state = [*generate.settings, generate.random]
         defaults = {name: part.value for name, part in zip(ADDRESS, generate.settings, strict=True)}
@@ -168,24 +172,25 @@ class Page:
             "const random = now.random; delete now.random; if (now.adapter === '') now.adapter = 'none'; "
             f"window.s2ft.remember({json.dumps(defaults)}, now, random);}}"
         )
-        gr.on([part.change for part in state], None, state, None, js=script, **quiet)
+        gr.on([part.change for part in state], None, state, None, js=script, **QUIET)
         for name, tab in self.selected.items():
-            tab.select(None, None, None, js=f"() => {{window.s2ft.tab('{name}')}}", **quiet)
+            tab.select(None, None, None, js=f"() => {{window.s2ft.tab('{name}')}}", **QUIET)
         back = gr.Button("Back", visible="hidden", elem_id="go-back")
         wanted = f"() => window.s2ft.wanted({json.dumps(list(self.selected))})"
-        back.click(None, None, self.tabs, js=wanted, **quiet)
+        back.click(None, None, self.tabs, js=wanted, **QUIET)
 
-        def read(request: gr.Request) -> tuple[Any, ...]:
-            query = dict(request.query_params)
-            tab = query.get("tab")
-            shown = gr.Tabs(selected=tab) if tab in self.selected else gr.skip()
-            values = generate.from_address(query)
-            if "adapter" in query and "prompt" not in query:
-                adapter = values[2]
-                prompt = self.app.prompt_of(adapter) if isinstance(adapter, str) else ""
-                values = (prompt or gr.skip(), *values[1:])
-            return *values, shown
+        loading = self.blocks.load(self.read_address, None, [*state, self.tabs], **QUIET)
+        self.blocks.load(self.masthead_words, None, self.masthead, **QUIET)
+        loading.then(None, None, None, js="() => {window.s2ft.ready = true}", **QUIET)
 
-        loading = self.blocks.load(read, None, [*state, self.tabs], api_visibility="private", show_progress="hidden")
-        self.blocks.load(self.masthead_words, None, self.masthead, **quiet)
-        loading.then(None, None, None, js="() => {window.s2ft.ready = true}", **quiet)
+    def read_address(self, request: gr.Request) -> tuple[Any, ...]:
+        """What a link says, in the order of `ADDRESS`, whether the seed is random, and the tab."""
+        query = dict(request.query_params)
+        tab = query.get("tab")
+        shown = gr.Tabs(selected=tab) if tab in self.selected else gr.skip()
+        prompt, negative, adapter, *others = self.generate.from_address(query)
+        if "adapter" not in query and not self.app.usable(self.first):  # it has been deleted, or there was none
+            adapter = self.first_adapter()
+        if "prompt" not in query and isinstance(adapter, str):
+            prompt = self.app.prompt_of(adapter) or gr.skip()
+        return prompt, negative, adapter, *others, shown

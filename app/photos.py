@@ -20,6 +20,21 @@ def instance_prompt(class_name: str) -> str:
     return f"a photo of sks {class_name}"
 
 
+def load_photo(path: Path) -> Image.Image:
+    """A photo as the trainer reads it, of at most 2048 pixels a side; raises RequestError, of a photo that "…"."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > limits.PHOTO_PIXELS:
+                raise RequestError(f"has more than {limits.PHOTO_PIXELS // 10**6} million pixels.")
+        image = load_image(path)
+        image.thumbnail((2048, 2048))  # at once: decoded, twenty of them would fill the memory
+        return image
+    except RequestError:
+        raise
+    except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise RequestError("is not an image that can be read.") from None
+
+
 def store_photos(paths: Sequence[Path], folder: Path, captions: Sequence[str] = ()) -> int:
     """Check uploaded photos and write them again as PNGs named by us, with what captions there are beside them.
 
@@ -31,15 +46,9 @@ def store_photos(paths: Sequence[Path], folder: Path, captions: Sequence[str] = 
     images = []
     for number, path in enumerate(paths, start=1):
         try:
-            with Image.open(path) as image:
-                if image.width * image.height > limits.PHOTO_PIXELS:
-                    raise RequestError(f"Photo {number} has more than {limits.PHOTO_PIXELS // 10**6} million pixels.")
-            images.append(load_image(path))
-            images[-1].thumbnail((2048, 2048))  # at once: decoded, twenty of them would fill the memory
-        except (InputError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            if isinstance(error, RequestError):
-                raise
-            raise RequestError(f"Photo {number} is not an image that can be read.") from None
+            images.append(load_photo(path))
+        except RequestError as error:
+            raise RequestError(f"Photo {number} {error}") from None
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
         path = folder / f"{number:02d}.png"

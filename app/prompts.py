@@ -26,9 +26,10 @@ def exchanged(prompt: str, new: str | None, others: Iterable[str | None]) -> str
     if not prompt.strip() or prompt.strip() in others:
         return new
     for words, replacement in ((lambda other: other, new), (trigger_words, trigger_words(new))):
-        for found in sorted(map(words, others), key=len, reverse=True):
-            if _whole(found).search(prompt):
-                return _whole(found).sub(lambda _: replacement, prompt)  # noqa: B023  (called at once)
+        found = {text: match.start() for text in map(words, others) if (match := _whole(text).search(prompt))}
+        if found:  # the longest, and of several the one that comes first
+            text = max(found, key=lambda text: (len(text), -found[text]))
+            return _whole(text).sub(lambda _: replacement, prompt)  # noqa: B023  (called at once)
     return prompt
 
 

@@ -33,20 +33,27 @@ class Running:
     """What every session is generating at this moment."""
 
     threads: Executor
-    _cancels: dict[str, set[threading.Event]] = field(default_factory=dict)
+    _cancels: dict[tuple[str, str], set[threading.Event]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def watch(self, work: Callable[[Listener], Iterator[Image.Image]], session: str | None) -> Iterator[Moment]:
+    def watch(
+        self, work: Callable[[Listener], Iterator[Image.Image]], session: str | None, kind: str = ""
+    ) -> Iterator[Moment]:
         """Run a generation in another thread; ends without an error when it is cancelled.
+
+        Args:
+            work: yields the images.
+            session: whose it is.
+            kind: what it is called, so that it can be cancelled and what else the session is making goes on.
 
         The thread gives its pipeline back by itself, whatever becomes of the page that asked. Of quick steps only some
         are passed on: showing each would take longer than making it.
         """
         events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         cancel = threading.Event()
-        session = session or secrets.token_hex(8)
+        key = (session or secrets.token_hex(8), kind)
         with self._lock:
-            self._cancels.setdefault(session, set()).add(cancel)
+            self._cancels.setdefault(key, set()).add(cancel)
         shown = 0.0
 
         def on_step(done: int, total: int, preview: Callable[[], Image.Image]) -> None:
@@ -80,9 +87,9 @@ class Running:
         finally:
             cancel.set()
             with self._lock:
-                self._cancels[session].discard(cancel)
-                if not self._cancels[session]:
-                    del self._cancels[session]
+                self._cancels[key].discard(cancel)
+                if not self._cancels[key]:
+                    del self._cancels[key]
 
     @property
     def under_way(self) -> int:
@@ -90,14 +97,16 @@ class Running:
         with self._lock:
             return sum(map(len, self._cancels.values()))
 
-    def cancel(self, session: str | None) -> bool:
-        """Stop what a session is generating; whether there was anything."""
+    def cancel(self, session: str | None, kind: str | None = None) -> bool:
+        """Stop what a session is generating, all of it or one kind; whether there was anything."""
+        return self._stop(lambda key: key[0] == session and kind in (None, key[1]))
+
+    def cancel_all(self) -> None:
+        self._stop(lambda key: True)
+
+    def _stop(self, wanted: Callable[[tuple[str, str]], bool]) -> bool:
         with self._lock:
-            events = list(self._cancels.get(session or "", ()))
+            events = [event for key, found in self._cancels.items() if wanted(key) for event in found]
         for event in events:
             event.set()
         return bool(events)
-
-    def cancel_all(self) -> None:
-        for session in list(self._cancels):
-            self.cancel(session)

@@ -13,10 +13,12 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -56,6 +58,7 @@ class Job:
     steps: int
     n_frequency: int
     user: str | None = None
+    submitted: float = 0.0
     state: str = "waiting"
     message: str = ""
     adapter: str | None = None
@@ -121,6 +124,7 @@ class TrainingQueue:
             steps=limits.whole("The number of steps", steps, limits.TRAIN_STEPS),
             n_frequency=limits.whole("The numbers a layer", n_frequency, limits.TRAIN_NUMBERS),
             user=user,
+            submitted=time.time(),
         )
         if not isinstance(captions, Sequence) or isinstance(captions, str) or len(captions) not in (0, len(photos)):
             raise RequestError(f"Captions must be a list with one for each of the {len(photos)} photos.")
@@ -136,9 +140,13 @@ class TrainingQueue:
             self._wake.notify_all()
         return job
 
+    def of(self, user: str | None) -> list[Job]:
+        """A user's jobs, in the order in which they were queued."""
+        return [job for job in list(self.jobs.values()) if job.user == user]
+
     def latest(self, user: str | None) -> Job | None:
         """The job to show a user: the one running or waiting, else the last."""
-        own = [job for job in self.jobs.values() if job.user == user]
+        own = self.of(user)
         active = [job for job in own if job.state in UNFINISHED]
         return active[0] if active else own[-1] if own else None
 
@@ -159,9 +167,12 @@ class TrainingQueue:
         with self._wake:
             if job.state not in UNFINISHED:
                 return
+            waited = job.state == "waiting"
             self._set(job, state="cancelled", message="cancelled")
             if self._child and self._child[0] == job.id:
                 _stop(self._child[1])
+        if waited:
+            self._tidy(job)
 
     def progress(self, job: Job) -> Progress:
         """Read how far a job is."""
@@ -223,6 +234,8 @@ class TrainingQueue:
                     self._end(job, "failed", f"the training could not be run ({reason})")
                 except OSError:  # its folder is gone, or the disk is full
                     job.state, job.message = "failed", "the training could not be run, nor its state be written"
+            if job.state not in UNFINISHED:
+                self._tidy(job)
 
     def _run(self, job: Job) -> None:
         folder = self.folder / job.id
@@ -292,15 +305,25 @@ class TrainingQueue:
         temporary.write_text(json.dumps(asdict(job)), encoding="utf-8")
         os.replace(temporary, path)
 
+    def _tidy(self, job: Job) -> None:
+        """Remove what a job that has ended needs no more: people's photos, and its checkpoints."""
+        folder = self.folder / job.id
+        for place in (folder / "photos", *list_checkpoints(folder / "out")):
+            shutil.rmtree(place, ignore_errors=True)
+
     def _restore(self) -> None:
-        for path in sorted(self.folder.glob("*/job.json"), key=lambda p: p.stat().st_mtime):
+        found = []
+        for path in self.folder.glob("*/job.json"):
             try:
-                job = Job(**json.loads(path.read_text(encoding="utf-8")))
+                found.append(Job(**json.loads(path.read_text(encoding="utf-8"))))
             except (TypeError, ValueError):
                 continue
+        for job in sorted(found, key=lambda job: job.submitted):
             self.jobs[job.id] = job
             if job.state == "running":
                 self._take_up(job)
+            if job.state not in UNFINISHED:
+                self._tidy(job)
 
     def _take_up(self, job: Job) -> None:
         """A job that an app before this one was at: done meanwhile, or to go on from its checkpoint."""

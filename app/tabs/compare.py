@@ -12,13 +12,11 @@ from .. import compare, limits
 from ..engine import Listener, Settings
 from ..errors import polite
 from ..limits import RequestError
-from .generate import step_words
-from .parts import line, reveal
+from .generate import not_begun, step_words
+from .parts import QUIET, line
 
 if TYPE_CHECKING:
     from ..page import Page
-
-QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
 class CompareTab:
@@ -70,19 +68,23 @@ class CompareTab:
         failed = lambda message: (gr.skip(), f"failed: {message}")  # noqa: E731
         start = gr.on(
             [self.go.click, self.prompt.submit],
-            lambda: ("queued", gr.update(interactive=False), gr.update(interactive=True)),
             None,
+            self.status,
             [self.status, self.go, self.stop],
+            js="status => window.s2ft.begin('#compare', '#compare-status', status)",
             **QUIET,
         )
-        gr.on([self.go.click, self.prompt.submit], None, None, None, js=reveal("#compare-status"), **QUIET)
         comparison = start.then(
             polite(self.compare_grid, failed), self.settings, shown, api_name="compare_grid", **options
         )
+        comparison.failure(not_begun, self.status, self.status, **QUIET)
         for end in (comparison.then, comparison.failure):
-            end(self.ended, None, [self.go, self.stop], **QUIET)
-        self.stop.click(self.stopped, self.status, [self.status, self.go, self.stop], cancels=comparison, **QUIET)
-        self.adapters.change(lambda chosen: gr.update(interactive=bool(chosen)), self.adapters, self.go, **QUIET)
+            end(self.ended, self.adapters, [self.go, self.stop], **QUIET)
+        self.stop.click(
+            self.stopped, [self.status, self.adapters], [self.status, self.go, self.stop], cancels=comparison, **QUIET
+        )
+        able = "chosen => window.s2ft.able('#cancel-compare', (chosen || []).length > 0)"
+        self.adapters.change(None, self.adapters, self.go, js=able, **QUIET)
         # The endpoint as programs know it: one adapter or two.
         adapter, second = gr.Textbox(self.page.first, visible=False), gr.Textbox("", visible=False)
         adapter.submit(
@@ -171,7 +173,7 @@ class CompareTab:
         def work(listener: Listener) -> Iterator[Image.Image]:
             yield compare.compare(self.app.engine, self.app.library, columns, listener)
 
-        for now in self.app.running.watch(work, request.session_hash):
+        for now in self.app.running.watch(work, request.session_hash, "compare"):
             if now.image is not None:
                 yield now.image, "done"
                 return
@@ -180,24 +182,23 @@ class CompareTab:
 
     # What the page shows
 
-    def stopped(self, status: str, request: gr.Request) -> tuple[Any, ...]:
+    def stopped(self, status: str, adapters: list[str], request: gr.Request) -> tuple[Any, ...]:
         """What is shown when Cancel was clicked; the last sheet stays."""
-        self.app.running.cancel(request.session_hash)
-        return "cancelled" if status.startswith(("queued", "step")) else status, *self.ended()
+        self.app.running.cancel(request.session_hash, "compare")
+        return "cancelled" if status.startswith(("queued", "step")) else status, *self.ended(adapters)
 
-    def ended(self) -> tuple[Any, Any]:
+    def ended(self, adapters: list[str]) -> tuple[Any, Any]:
         """The buttons when nothing is under way."""
-        return gr.update(interactive=True), gr.update(interactive=False)
+        return gr.update(interactive=bool(adapters)), gr.update(interactive=False)
 
     def filled(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """An image's settings for the controls, in the order of `settings`, and the tab."""
-        adapters = [adapter for adapter, _ in values["adapters"] if adapter in self.app.library.labels()]
-        schedulers = self.app.engine.schedulers
-        scheduler = values["scheduler"] if values["scheduler"] in schedulers else schedulers[0]
+        adapters = [adapter for adapter, _ in values["adapters"] if self.app.usable(adapter)]
         strengths = sorted({0.5, 1.0, *(strength for _, strength in values["adapters"])})
         return (
             values["prompt"], adapters, ", ".join(f"{value:g}" for value in strengths), values["steps"],
-            values["guidance"], values["seed"], 1, scheduler, gr.Tabs(selected="compare"),
+            values["guidance"], values["seed"], 1, self.app.engine.scheduler(values["scheduler"]),
+            gr.Tabs(selected="compare"),
         )  # fmt: skip
 
 

@@ -21,13 +21,11 @@ from ..library import base_name
 from ..limits import RequestError
 from ..prompts import differing
 from ..words import shown
-from .parts import line
+from .parts import QUIET, line
 
 if TYPE_CHECKING:
     from ..page import Page
 
-PRIVATE = {"api_visibility": "private"}
-QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 ENABLED, DISABLED = {"__type__": "update", "interactive": True}, {"__type__": "update", "interactive": False}
 
 
@@ -36,6 +34,11 @@ def step_words(done: int, steps: int, images: int) -> str:
     number, step = divmod(max(done - 1, 0), steps)
     which = f", image {number + 1} of {images}" if images > 1 else ""
     return f"step {step + 1} of {steps}{which}"
+
+
+def not_begun(status: str) -> Any:
+    """What is shown where the server took no more requests, or could not be reached."""
+    return "failed: too much is waiting; try again" if status == "queued" else gr.skip()
 
 
 class GenerateTab:
@@ -115,16 +118,17 @@ class GenerateTab:
             js="(random, seed, status) => window.s2ft.start(random, seed, status)",
             **QUIET,
         )
-        shown = [self.preview, self.results, self.status, self.made]
+        shown = [self.preview, self.results, self.status, self.made, self.chosen]
         generation = start.then(
-            polite(self.generate, lambda message: (None, gr.skip(), f"failed: {message}", gr.skip())),
+            polite(self.generate, lambda message: (None, gr.skip(), f"failed: {message}", gr.skip(), gr.skip())),
             self.settings,
             shown,
             api_name="generate",
             show_progress="hidden",
             **self.page.busy,
         )
-        ended = [self.go, self.stop, self.again, self.contrast, self.chosen]
+        ended = [self.go, self.stop, self.again, self.contrast]
+        generation.failure(not_begun, self.status, self.status, **QUIET)
         for end in (generation.then, generation.failure):
             end(self.ended, self.made, ended, **QUIET).then(self.page.masthead_words, None, self.page.masthead, **QUIET)
         self.stop.click(
@@ -138,12 +142,13 @@ class GenerateTab:
             return *self.filled(self.settings_at(made, chosen)), False
 
         self.results.select(choose, None, self.chosen, trigger_mode="multiple", **QUIET)
-        self.again.click(polite(use), [self.made, self.chosen], [*self.settings, self.random], **PRIVATE)
+        last = {"trigger_mode": "always_last", **QUIET}
+        self.again.click(polite(use), [self.made, self.chosen], [*self.settings, self.random], **last)
         self.contrast.click(
             polite(lambda made, chosen: self.page.compare.filled(self.settings_at(made, chosen))),
             [self.made, self.chosen],
             [*self.page.compare.settings, self.page.tabs],
-            **PRIVATE,
+            **last,
         )
         self.adapter.input(
             polite(self.proposed),
@@ -161,7 +166,7 @@ class GenerateTab:
             **QUIET,
         )
         self.restored.upload(
-            polite(self.restore), self.restored, [*self.settings, self.random, self.status, self.restored], **PRIVATE
+            polite(self.restore), self.restored, [*self.settings, self.random, self.status, self.restored], **QUIET
         )
 
     # What the buttons do
@@ -181,7 +186,7 @@ class GenerateTab:
         scheduler: str,
         each_line: bool,
         request: gr.Request,
-    ) -> Iterator[tuple[Any, Any, Any, Any]]:
+    ) -> Iterator[tuple[Any, ...]]:
         """Generate images, each a PNG that carries its settings.
 
         Args:
@@ -221,25 +226,28 @@ class GenerateTab:
                 before = number * settings.images * settings.steps
                 yield from self.app.engine.iterate(wish, self.app.library, listener.part(before, total))
 
-        for now in self.app.running.watch(work, request.session_hash):
+        chosen: Any = 0  # with the first thing shown, which takes the place of the last pictures
+        for now in self.app.running.watch(work, request.session_hash, "generate"):
             if now.image is None:
-                # The first preview takes the place of the last pictures.
                 results = gr.skip() if made["images"] else []
-                yield now.preview, results, step_words(now.done, settings.steps, wanted), made
+                yield now.preview, results, step_words(now.done, settings.steps, wanted), made, chosen
+                chosen = gr.skip()
                 continue
             self.app.history.save(now.image, user_of(request))
             own = settings_of(now.image)
             file = gr.processing_utils.save_pil_to_cache(
-                now.image, str(self.app.downloads), name=f"{subject}-{own.seed}", format="png"
+                now.image, self.results.GRADIO_CACHE, name=f"{subject}-{own.seed}", format="png"
             )
+            self.results.temp_files.add(file)
             words = f"seed {own.seed}"
             if len(wishes) > 1:
                 words = f"{told_apart.get(own.prompt, own.prompt)} · {words}"
             made["images"].append((file, words))  # a file, so that showing it again does not encode it again
             made["settings"].append(now.image.info["s2ft"])
             if len(made["images"]) < wanted:  # shown at once: should the page cancel the event, it has no last word
-                yield gr.skip(), made["images"], gr.skip(), made
-        yield None, made["images"] or gr.skip(), self.last_words(made), made
+                yield gr.skip(), made["images"], gr.skip(), made, chosen
+                chosen = gr.skip()
+        yield None, made["images"] or gr.skip(), self.last_words(made), made, chosen if made["images"] else gr.skip()
 
     @staticmethod
     def last_words(made: dict[str, Any]) -> str:
@@ -286,17 +294,17 @@ class GenerateTab:
 
     def stopped(self, status: str, made: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """What is shown when Cancel was clicked: of one that was waiting, of one under way."""
-        self.app.running.cancel(request.session_hash)
+        self.app.running.cancel(request.session_hash, "generate")
         if status and status.startswith("step"):
             status = self.last_words(made)
-        elif status == "queued":
-            status, made = "cancelled before it began", {"images": []}
+        elif status == "queued":  # what is there is of the one before
+            return None, gr.skip(), "cancelled before it began", *self.ended(made)
         return None, made["images"] or gr.skip(), status, *self.ended(made)
 
     def ended(self, made: dict[str, Any]) -> tuple[Any, ...]:
         """The buttons when nothing is under way."""
         there = gr.update(interactive=bool(made["images"]))
-        return gr.update(interactive=True), gr.update(interactive=False), there, there, 0
+        return gr.update(interactive=True), gr.update(interactive=False), there, there
 
     def settings_at(self, made: dict[str, Any], chosen: int) -> dict[str, Any]:
         """The settings of an image that is shown."""
@@ -306,14 +314,12 @@ class GenerateTab:
 
     def filled(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """An image's settings as values for the controls, in the order of `settings`; what is not here is left out."""
-        there = self.app.library.labels()
-        adapters = [pair for pair in values["adapters"] if pair[0] in there]
+        adapters = [pair for pair in values["adapters"] if self.app.usable(pair[0])]
         adapters += [[NONE, 1.0], [NONE, 0.5]][len(adapters) :]
-        schedulers = self.app.engine.schedulers
-        scheduler = values["scheduler"] if values["scheduler"] in schedulers else schedulers[0]
+        negative = "" if self.app.engine.family.negative_prompt is None else values["negative_prompt"]
         return (
-            values["prompt"], values["negative_prompt"], *adapters[0], *adapters[1], values["steps"],
-            values["guidance"], values["seed"], values["images"], scheduler, False,
+            values["prompt"], negative, *adapters[0], *adapters[1], values["steps"], values["guidance"],
+            values["seed"], values["images"], self.app.engine.scheduler(values["scheduler"]), False,
         )  # fmt: skip
 
     def restore(self, file: str) -> tuple[Any, ...]:
@@ -326,18 +332,21 @@ class GenerateTab:
             raise RequestError(said) from None
         base = base_name(self.app.engine.base)
         made_on = str(image.info.get("s2ft_base", base))
-        lost = [adapter for adapter, _ in settings.adapters if adapter not in self.app.library.labels()]
+        lost = "" if all(self.app.usable(adapter) for adapter, _ in settings.adapters) else "its adapter is not here"
         if made_on != base:
             words = f"!that picture was made on {shown(made_on)}: on {base} it will be another one"
+            words += f"; {lost}" if lost else ""
         else:
-            words = "!its adapter is not here any more" if lost else "these are the settings of that picture"
+            words = f"!{lost} any more" if lost else "these are the settings of that picture"
         return *self.filled(json.loads(settings.to_json())), False, words, None
 
     def from_address(self, query: dict[str, str]) -> tuple[Any, ...]:
         """Values for the controls from a link, `gr.skip()` for what it does not say or says wrongly."""
         known = {
             "prompt": lambda v: limits.text("", v, limits.PROMPT_LENGTH),
-            "negative": lambda v: limits.text("", v, limits.PROMPT_LENGTH),
+            "negative": lambda v: (
+                "" if self.app.engine.family.negative_prompt is None else limits.text("", v, limits.PROMPT_LENGTH)
+            ),
             "adapter": lambda v: self.app.library.get(v).id if v != "none" else NONE,
             "strength": lambda v: limits.number("", float(v), limits.STRENGTH),
             "second": lambda v: self.app.library.get(v).id,
@@ -349,10 +358,10 @@ class GenerateTab:
             "scheduler": lambda v: {name: name for name in self.app.engine.schedulers}[v],
             "lines": lambda v: v == "true",
         }
-        found = []
+        found = {}
         for name, read in known.items():
             try:
-                found.append(read(query[name]) if name in query else gr.skip())
+                found[name] = read(query[name]) if name in query else gr.skip()
             except (ValueError, KeyError):
-                found.append(gr.skip())
-        return *found, False if "seed" in query else gr.skip()
+                found[name] = gr.skip()
+        return *found.values(), False if isinstance(found["seed"], int) else gr.skip()

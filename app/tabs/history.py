@@ -8,23 +8,20 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
-from PIL import Image
 
-from ..app import NONE, user_of
+from ..app import NONE, given_out, user_of
 from ..engine import Settings
 from ..errors import polite
-from ..history import load_png, settings_of
+from ..history import read_settings
 from ..limits import RequestError
 from ..words import escaped
-from .parts import reveal
+from .parts import QUIET, reveal
 
 if TYPE_CHECKING:
     from gradio.events import Dependency
 
     from ..page import Page
 
-PRIVATE = {"api_visibility": "private"}
-QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 NOTHING = "Choose a picture to see what it was made with."
 EMPTY = "Nothing yet: what you generate is kept here."
 
@@ -59,22 +56,23 @@ class HistoryTab:
                         "Delete", variant="stop", interactive=False, min_width=100, elem_id="delete-image"
                     )
         self.ids, self.chosen = gr.JSON([], visible=False), gr.State(NONE)
+        self.sure = gr.Checkbox(False, visible=False)  # a state's own value never comes from the page
 
     def wire(self) -> None:
         for action in (self.image_settings, self.favourite_image, self.delete_image):
             gr.api(polite(action), api_name=action.__name__, queue=False)
         acting = [self.about, self.use, self.contrast, self.favour, self.remove]
-        listing = {"fn": polite(self.list_history), "inputs": self.kept, "outputs": [self.gallery, self.ids]}
+        favourites = gr.Checkbox(False, visible=False)  # the list as programs ask for it
+        favourites.input(polite(self.list_history), favourites, [self.gallery, self.ids], api_name="list_history")
         renewed = {"fn": polite(self.renewed), "inputs": [self.kept, self.ids, self.chosen]}
-        renewed |= {"outputs": [self.gallery, self.ids, self.chosen], "show_progress": "hidden", **PRIVATE}
-        renewed |= {"trigger_mode": "always_last"}
+        renewed |= {"outputs": [self.gallery, self.ids, self.chosen], "trigger_mode": "always_last", **QUIET}
         showing = {"fn": polite(self.show), "inputs": self.chosen, "outputs": acting, "trigger_mode": "always_last"}
         closing = {"fn": None, "inputs": None, "outputs": None, "js": "() => s2ft.closeUnpicked()", **QUIET}
 
         def renew(event: Callable[..., Dependency]) -> None:
             event(**renewed).then(**showing, **QUIET).then(**closing)
 
-        renew(self.refresh.click(**listing, api_name="list_history").then)
+        renew(self.refresh.click)
         renew(self.page.selected["history"].select)
         renew(self.kept.input)
         self.gallery.preview_close(lambda: NONE, None, self.chosen, **QUIET).then(**showing, **QUIET)
@@ -94,27 +92,30 @@ class HistoryTab:
         self.gallery.select(choose, self.ids, self.chosen, trigger_mode="multiple", **QUIET).then(
             **showing, **QUIET
         ).then(None, None, None, js=reveal("#image-settings"), **QUIET)
-        self.use.click(polite(fill), self.chosen, [*generate.settings, generate.random, self.page.tabs], **PRIVATE)
-        self.contrast.click(polite(contrast), self.chosen, [*self.page.compare.settings, self.page.tabs], **PRIVATE)
+        last = {"trigger_mode": "always_last", **QUIET}
+        self.use.click(polite(fill), self.chosen, [*generate.settings, generate.random, self.page.tabs], **last)
+        self.contrast.click(polite(contrast), self.chosen, [*self.page.compare.settings, self.page.tabs], **last)
 
         def favour(image: str, request: gr.Request) -> None:
             self.favourite_image(image, request)
 
-        renew(self.favour.click(polite(favour), self.chosen, None, **PRIVATE).success)
+        renew(self.favour.click(polite(favour), self.chosen, None, trigger_mode="multiple", **QUIET).success)
 
-        def remove(image: str, request: gr.Request) -> None:
-            if image:
+        def remove(image: str, sure: bool, request: gr.Request) -> None:
+            if sure is True:
                 self.delete_image(image, request)
 
-        sure = "image => confirm('Delete this picture for good?') ? image : ''"
-        removed = self.remove.click(polite(remove), self.chosen, None, js=sure, trigger_mode="multiple", **PRIVATE)
+        ask = "image => [image, confirm('Delete this picture for good?')]"
+        removed = self.remove.click(
+            polite(remove), [self.chosen, self.sure], None, js=ask, trigger_mode="multiple", **QUIET
+        )
         renew(removed.success)
 
     # What the buttons do
 
     def list_history(
         self, favourites: bool = False, request: gr.Request = None
-    ) -> tuple[list[tuple[Image.Image, str]], list[str]]:
+    ) -> tuple[list[tuple[str, str]], list[str]]:
         """The latest images that were made here, the newest first, with their ids.
 
         Args:
@@ -123,12 +124,12 @@ class HistoryTab:
         shown, ids = [], []
         for path in self.app.history.latest(user_of(request), favourites=favourites is True):
             try:
-                image = load_png(path)
-                settings = settings_of(image)
+                settings = read_settings(path)
+                file = given_out(path, self.gallery)
             except (OSError, RequestError):
                 continue
             mark = "★ " if self.app.history.is_favourite(path) else ""
-            shown.append((image, mark + self.words(settings, self.app.history.made_at(path))))
+            shown.append((file, mark + self.words(settings, self.app.history.made_at(path))))
             ids.append(path.stem)
         return shown, ids
 
@@ -138,7 +139,7 @@ class HistoryTab:
         Args:
             image: its id.
         """
-        return json.loads(settings_of(self.app.history.open(user_of(request), image)).to_json())
+        return json.loads(read_settings(self.app.history.find(user_of(request), image)).to_json())
 
     def favourite_image(self, image: str, request: gr.Request) -> bool:
         """Mark an image of the history as a favourite, or take that back; whether it is one now.
@@ -192,7 +193,7 @@ class HistoryTab:
             there = self.app.history.latest(user_of(request), 1)
             return NOTHING if there else EMPTY, *(gr.update(interactive=False) for _ in range(4))
         path = self.app.history.find(user_of(request), image)
-        settings = settings_of(load_png(path))
+        settings = read_settings(path)
         facts = {
             "prompt": settings.prompt,
             "negative prompt": settings.negative_prompt,

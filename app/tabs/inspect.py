@@ -10,12 +10,10 @@ from PIL import Image
 
 from .. import inspection
 from ..errors import polite
-from .parts import menu
+from .parts import PRIVATE, QUIET, menu
 
 if TYPE_CHECKING:
     from ..page import Page
-
-PRIVATE = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
 
 class InspectTab:
@@ -35,11 +33,11 @@ class InspectTab:
         asked = gr.Textbox("", visible=False)  # the layer's name as programs give it: any, checked here
         shown = [self.plot, self.pictures, self.layer]
         asked.submit(polite(self.inspect), [self.adapter, asked], shown, api_name="inspect")
-        self.go.click(polite(self.inspect), self.adapter, shown, api_visibility="private")
+        self.go.click(polite(self.inspect), self.adapter, shown, trigger_mode="always_last", **PRIVATE)
         self.layer.input(
-            polite(self.another_layer), [self.adapter, self.layer], shown, trigger_mode="always_last", **PRIVATE
+            polite(self.another_layer), [self.adapter, self.layer], shown, trigger_mode="always_last", **QUIET
         )
-        self.adapter.change(lambda adapter: gr.update(interactive=bool(adapter)), self.adapter, self.go, **PRIVATE)
+        self.adapter.change(lambda adapter: gr.update(interactive=bool(adapter)), self.adapter, self.go, **QUIET)
 
     # What the buttons do
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from .. import limits
-from ..app import NONE
-from ..errors import polite
+from ..app import NONE, given_out
+from ..errors import plain_text, polite
 from ..exports import TOOLS, export
 from ..library import SORTS, Entry
 from ..limits import RequestError
 from ..words import escaped, shown
-from .parts import line, reveal, tile, tiles
+from .parts import QUIET, line, reveal, tile, tiles
 
 if TYPE_CHECKING:
+    from gradio.events import Dependency
+
     from ..page import Page
 
-PRIVATE = {"api_visibility": "private"}
-QUIET = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 NOTHING = "Choose an adapter to see what it is."
 
 
@@ -49,7 +49,6 @@ def details(entry: Entry, label: str | None = None) -> str:
 class LibraryTab:
     def __init__(self, page: Page) -> None:
         self.page, self.app = page, page.app
-        self._copies: dict[tuple[str, int, float], str] = {}
 
     def build(self) -> None:
         with gr.Row():
@@ -99,34 +98,29 @@ class LibraryTab:
         gr.api(polite(self.delete_adapter), api_name="delete_adapter", queue=False)
         gr.api(polite(self.rename_adapter), api_name="rename_adapter", queue=False)
         chosen = [self.about, self.use, self.download, self.export, self.exported, self.own, self.name]
-        asked = [self.words, self.sort, self.others]
-        looking = [polite(self.look_again), asked, [self.tiles, *self.page.adapter_parts]]
         for event in (self.look.click, self.words.submit, self.page.selected["library"].select, self.page.blocks.load):
-            event(*looking, **PRIVATE, show_progress="hidden")
+            self.look_again(event)
         # A text that is pasted changes without an input.
         for event in (self.words.change, self.sort.input, self.others.input):
-            event(
-                polite(lambda *asked: gr.update(choices=self.tiles_for(*asked))),
-                asked,
-                self.tiles,
-                trigger_mode="always_last",
-                **QUIET,
-            )
+            self.filter(event)
         self.tiles.change(polite(self.show), self.tiles, chosen, **QUIET)
         self.tiles.input(None, None, None, js=reveal("#about"), **QUIET)
         self.page.use_on(self.use, self.tiles)
-        self.rename.click(polite(self.rename_adapter), [self.tiles, self.name], None, **PRIVATE).success(
-            *looking, **PRIVATE
-        ).then(polite(self.show), self.tiles, chosen, **QUIET)
+        showing = {"fn": polite(self.show), "inputs": self.tiles, "outputs": chosen, **QUIET}
+        renamed = self.rename.click(
+            polite(self.rename_adapter), [self.tiles, self.name], None, trigger_mode="always_last", **QUIET
+        )
+        self.look_again(renamed.success).then(**showing)
         question = "Delete this adapter for good?"
-        self.remove.click(
+        removed = self.remove.click(
             polite(lambda adapter: self.delete_adapter(adapter) and NONE if adapter else gr.skip()),
             self.tiles,
             self.tiles,
             js=f"adapter => confirm('{question}') ? adapter : ''",
             trigger_mode="multiple",  # who has said no may ask again while the server still hears of that
-            **PRIVATE,
-        ).success(*looking, **PRIVATE).then(polite(self.show), self.tiles, chosen, **QUIET)
+            **QUIET,
+        )
+        self.look_again(removed.success).then(**showing)
         self.export.click(
             lambda: ("converting …", gr.update(interactive=False)), None, [self.exported, self.export], **QUIET
         )
@@ -137,15 +131,31 @@ class LibraryTab:
             api_name="export_adapter",
             show_progress="hidden",
             concurrency_limit=1,
+            trigger_mode="multiple",  # another one may be asked for meanwhile
         )
         exporting.success(None, None, None, js="() => window.s2ft.press('#export-file')", **QUIET)
         for end in (exporting.then, exporting.failure):
             end(lambda: gr.update(interactive=True), None, self.export, **QUIET)
         record, adapter, path = gr.JSON(visible=False), gr.Textbox("", visible=False), gr.File(visible=False)
-        self.upload.upload(polite(self.upload_adapter), self.upload, record, api_name="upload_adapter").success(
-            *looking, **PRIVATE
-        ).then(self.uploaded, record, [self.tiles, self.upload], **QUIET)
+        added = self.upload.upload(
+            polite(self.upload_adapter), self.upload, record, api_name="upload_adapter", trigger_mode="multiple"
+        )
+        self.look_again(added.success).then(self.uploaded, record, [self.tiles, self.upload], **QUIET)
         adapter.submit(polite(self.download_adapter), adapter, path, api_name="download_adapter")
+
+    def look_again(self, event: Callable[..., Dependency]) -> Dependency:
+        """After an event, show the library as it is now, in every place that shows it."""
+        return self.filter(event(polite(self.refreshed), None, self.page.adapter_parts, **QUIET).then)
+
+    def filter(self, event: Callable[..., Dependency]) -> Dependency:
+        """After an event, show what the search finds."""
+        return event(
+            polite(lambda *asked: gr.update(choices=self.tiles_for(*asked))),
+            [self.words, self.sort, self.others],
+            self.tiles,
+            trigger_mode="always_last",
+            **QUIET,
+        )
 
     # What the buttons do
 
@@ -171,9 +181,9 @@ class LibraryTab:
         there = self.app.library.same_file(Path(file))
         entry = there or self.app.library.add(Path(file))
         if there:
-            gr.Info(f"This file is there already, as {self.app.library.labels()[there.id]}.")
+            gr.Info(plain_text(f"This file is there already, as {self.app.library.labels()[there.id]}."))
         elif entry.warning:
-            gr.Warning(f"{entry.name}: {entry.warning}.")
+            gr.Warning(plain_text(f"{entry.name}: {entry.warning}."))
         return {**entry.summary(), "there_already": there is not None}
 
     def download_adapter(self, adapter: str) -> str:
@@ -183,11 +193,9 @@ class LibraryTab:
             adapter: its id.
         """
         entry = self.app.library.get(adapter)
-        if entry.state not in self._copies:
-            folder = Path(tempfile.mkdtemp(dir=self.app.downloads))
-            name = f"{self.app.file_name(adapter)}.safetensors"
-            self._copies[entry.state] = str(shutil.copyfile(entry.path, folder / name))
-        return self._copies[entry.state]
+        with tempfile.TemporaryDirectory() as folder:
+            named = Path(folder) / f"{self.app.file_name(adapter)}.safetensors"
+            return given_out(shutil.copyfile(entry.path, named), self.download)
 
     def export_adapter(
         self, adapter: str, tool: str, strength: float = 1.0, second_adapter: str = NONE, second_strength: float = 1.0
@@ -206,8 +214,9 @@ class LibraryTab:
         if adapter == second_adapter:
             raise RequestError("The two adapters are the same one; choose another to merge with.")
         name = "-".join(self.app.file_name(name) for name, _ in wanted)
-        path, words = export(parts, tool, self.app.engine.base, self.app.downloads, name)
-        yield str(path), words
+        with tempfile.TemporaryDirectory() as folder:
+            path, words = export(parts, tool, self.app.engine.base, Path(folder), name)
+            yield given_out(path, self.file), words
 
     def delete_adapter(self, adapter: str) -> str:
         """Delete an adapter that was uploaded or trained here.
@@ -235,10 +244,10 @@ class LibraryTab:
         labels = self.app.library.labels()
         return [tile(entry, labels[entry.id]) for entry in found if others or not entry.foreign]
 
-    def look_again(self, words: str = "", sort: str = SORTS[0], others: bool = False) -> list[Any]:
-        """The library as it is now, for every place that shows it."""
+    def refreshed(self) -> list[Any]:
+        """The tiles of adapters of all tabs, after another look at the files."""
         self.app.library.refresh()
-        return [gr.update(choices=self.tiles_for(words, sort, others)), *self.page.new_choices()]
+        return self.page.new_choices()
 
     def show(self, adapter: str) -> tuple[Any, ...]:
         """What is beside the tiles: words, and buttons that can act."""

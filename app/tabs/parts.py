@@ -25,6 +25,9 @@ from ..frontend import (
 from ..library import Entry
 
 PICTURE = 128  # pixels
+# Options of the page's own events: those that take a while, and those that do not.
+PRIVATE = {"api_visibility": "private"}
+QUIET = {**PRIVATE, "show_progress": "hidden", "queue": False}
 
 
 def tiles(
@@ -94,7 +97,7 @@ def photos(length: int, **options: Any) -> gr.HTML:
 
 
 def menu(label: str, **options: Any) -> gr.HTML:
-    """A list to choose one of `choices` (strings) from, empty at first."""
+    """A list to choose one of `choices` (strings, or dictionaries of "id" and "label") from, empty at first."""
     return gr.HTML(
         "",
         label=label,

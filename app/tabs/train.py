@@ -9,26 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import pandas as pd
-from PIL import Image
 
 from s2ft_diffusion import toybox
-from s2ft_diffusion.dreambooth.images import load_image
-from s2ft_diffusion.errors import InputError
 
 from .. import limits
-from ..app import NONE, user_of
+from ..app import NONE, given_out, user_of
 from ..errors import polite
-from ..history import load_png
 from ..library import plain
 from ..limits import RequestError
+from ..photos import load_photo
 from ..training import UNFINISHED, TrainingQueue
 from ..words import escaped
-from .parts import photos, reveal, small
+from .parts import PRIVATE, QUIET, menu, photos, reveal, small
 
 if TYPE_CHECKING:
     from ..page import Page
 
 
+JOBS = 20  # the latest, to choose from
 PHASES = {
     "load": "Loading the base model",
     "estimate": "Looking at your photos, to see which numbers matter",
@@ -103,6 +101,7 @@ class TrainTab:
                 words = "about a minute on two cores" if embedded else "minutes on a GPU, hours on a CPU"
                 gr.Markdown(f"The prompt becomes *a photo of sks …*. It takes {words}; one training at a time.")
             with gr.Column(scale=5, min_width=300):
+                self.jobs = menu("Trainings", visible=False, elem_id="jobs")
                 self.report = gr.Markdown("No training yet.", elem_id="training")
                 self.try_it = gr.Button("Try it", variant="primary", visible=False, elem_id="try-it")
                 self.curve = gr.LinePlot(x="step", y="loss", title="Loss, smoothed", height=220, elem_id="curve")
@@ -110,39 +109,44 @@ class TrainTab:
                     label="Samples", format="png", columns=2, height=220, buttons=["download"], elem_id="samples"
                 )
         self.timer = gr.Timer(1.0, active=False)
-        self.latest, self.adapter = gr.State(""), gr.State(NONE)  # always the latest job of whoever looks
+        self.adapter = gr.State(NONE)
         self.status = gr.JSON(visible=False)
 
     def wire(self) -> None:
         gr.api(polite(self.training_status), api_name="training_status", queue=False)
         gr.api(polite(self.cancel_training), api_name="cancel_training", queue=False)
-        shown = [self.report, self.curve, self.samples, self.timer, self.stop, self.try_it, self.adapter]
+        shown = [self.report, self.curve, self.samples, self.timer, self.stop, self.try_it, self.adapter, self.jobs]
         show = polite(self.show_training)
-        quiet = {"api_visibility": "private", "show_progress": "hidden"}
         self.go.click(
             polite(self.train),
             [self.photos, self.subject, self.kind, self.steps, self.numbers, self.captions],
             self.status,
             api_name="train",
             concurrency_limit=1,  # the photos of one request at a time are in memory
-        ).success(show, self.latest, shown, **quiet).then(None, None, None, js=reveal("#training"), **quiet)
-        self.stop.click(
-            polite(self.cancel_training), self.latest, self.status, api_visibility="private", queue=False
-        ).success(show, self.latest, shown, **quiet)
-        self.timer.tick(show, self.latest, shown, **quiet)
-        library = self.page.library
-        self.adapter.change(  # a training has ended: its adapter is in the library
-            polite(library.look_again),
-            [library.words, library.sort, library.others],
-            [library.tiles, *self.page.adapter_parts],
-            **quiet,
+            trigger_mode="multiple",
+        ).success(polite(self.submitted), self.status, shown, **QUIET).then(
+            None, None, None, js=reveal("#training"), **QUIET
         )
+        self.stop.click(polite(self.cancel_training), self.jobs, self.status, **QUIET).success(
+            show, self.jobs, shown, **QUIET
+        )
+        self.timer.tick(show, self.jobs, shown, **QUIET)
+        self.jobs.input(show, self.jobs, shown, trigger_mode="always_last", **QUIET)
+        self.page.library.look_again(self.adapter.change)  # a training has ended: its adapter is in the library
         self.page.use_on(self.try_it, self.adapter)
-        self.page.blocks.load(show, self.latest, shown, **quiet)
+        self.page.blocks.load(show, self.jobs, shown, **QUIET)
         asked = [self.photos, self.subject, self.kind]
         for part in asked:
-            part.change(self.ready, asked, self.go, queue=False, trigger_mode="always_last", **quiet)
-        self.photos.change(polite(self.shown_photos), self.photos, [self.captions, self.each], **quiet)
+            part.change(self.ready, asked, self.go, trigger_mode="always_last", **QUIET)
+        self.photos.change(
+            polite(self.shown_photos),
+            self.photos,
+            [self.captions, self.each],
+            trigger_mode="always_last",
+            concurrency_limit=1,  # one request's photos at a time are decoded
+            **PRIVATE,
+            show_progress="hidden",
+        )
 
     # What the buttons do
 
@@ -235,15 +239,21 @@ class TrainTab:
         choices = []
         for path in paths or []:
             try:
-                picture = small(load_image(Path(path)))
-            except (InputError, Image.DecompressionBombError):
+                picture = small(load_photo(Path(path)))
+            except RequestError:
                 picture = ""
             choices.append({"name": path, "picture": picture})
         return gr.update(choices=choices), gr.update(visible=bool(choices))
 
+    def submitted(self, status: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """The job that was just queued, chosen among the user's."""
+        *shown, jobs = self.show_training(status["job"], request)
+        return *shown, {**jobs, "value": status["job"]}
+
     def show_training(self, name: str, request: gr.Request) -> tuple[Any, ...]:
-        """A job in words, its loss curve, samples, whether to go on looking, the buttons, and its adapter."""
-        status = self._status(name, request)
+        """A job in words, its loss curve, samples, whether to go on looking, the buttons, its adapter, and all jobs."""
+        own = self._trainings.of(user_of(request))[::-1][:JOBS]
+        status = self._status(name if name in (job.id for job in own) else "", request)
         active = status["state"] in UNFINISHED
         # With their types also where there are none yet: a plot takes its axes from the first ones that it is given.
         losses = pd.DataFrame(status.get("losses", []), columns=["step", "loss"]).astype({"step": int, "loss": float})
@@ -254,19 +264,23 @@ class TrainTab:
             job = self._trainings.get(status["job"], user_of(request))
             for path in self._trainings.progress(job).samples:
                 try:
-                    samples.append(load_png(path))
+                    samples.append(given_out(path, self.samples))
                 except OSError:
                     continue  # being replaced
         adapter = status.get("adapter") if status["state"] == "done" else None
         adapter = adapter if adapter in self.app.library.labels() else NONE
+        # What is chosen is only told where that is another one: someone may be choosing.
+        chosen = {} if name == status["job"] else {"value": status["job"] or ""}
+        listed = [{"id": job.id, "label": f"{job.subject}: {STATES[job.state]}"} for job in own]
         return (
             training_words(status, self._left(status)),
             losses,
             samples,
-            gr.Timer(active=active),
+            gr.Timer(active=any(job.state in UNFINISHED for job in own)),
             gr.update(interactive=active),
             gr.update(visible=bool(adapter)),
             adapter,
+            gr.update(choices=listed, visible=len(listed) > 1, **chosen),
         )
 
     def _left(self, status: Mapping[str, Any]) -> float | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.gradio_app.browser import (
@@ -100,7 +102,7 @@ def test_of_two_layers_chosen_quickly_the_second_is_shown(page) -> None:
     assert field.input_value() == second
 
 
-def test_history(page) -> None:
+def test_history(page, served) -> None:
     choose(page, "dog")
     set_steps(page, 3)
     set_seed(page, 31)
@@ -130,6 +132,11 @@ def test_history(page) -> None:
     wait_for_value(page, "#seed input", "31")
     tab(page, "History")
     pick(page, "dog 0.55 · seed 31 ·")
+    there = served[1].history.latest(None)
+    with page.expect_response(re.compile("gradio_api/run/")):
+        page.once("dialog", lambda dialog: dialog.dismiss())
+        page.locator("#delete-image:enabled").click()
+    assert served[1].history.latest(None) == there  # asked, and not meant
     page.once("dialog", lambda dialog: dialog.accept())
     page.locator("#delete-image:enabled").click()
     page.locator("#history").get_by_text("dog 0.55 · seed 31 ·").first.wait_for(state="detached")

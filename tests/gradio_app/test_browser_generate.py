@@ -154,6 +154,23 @@ def test_cancelling_keeps_what_is_finished(page) -> None:
     assert 2 <= made < 8
 
 
+def test_a_picture_chosen_before_the_last_one_came_stays_chosen(page) -> None:
+    """Also after a request that fails: the pictures are those of before."""
+    set_steps(page, 30)
+    set_number(page, "Images", 4)
+    set_seed(page, 70)
+    button(page, "Generate").click()
+    page.locator("#results .thumbnail-item").nth(1).click()
+    wait_for_status(page, "done")
+    page.locator("#again:enabled").click()
+    wait_for_value(page, "#seed input", "71")
+    set_seed(page, 1.5)
+    page.locator("#generate:enabled").click()
+    wait_for_status(page, "failed: ")
+    page.locator("#again:enabled").click()
+    wait_for_value(page, "#seed input", "71")
+
+
 def test_cancelling_while_waiting(pages, size) -> None:
     first, second, waiting = pages(), pages(), pages(**size)  # two generate at once
     for page in (first, second):

@@ -9,7 +9,19 @@ import pytest
 from safetensors import safe_open
 
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
-from tests.gradio_app.browser import button, choose, chosen, labels, needs_browser, slow_to_answer, tab, tile
+from tests.gradio_app.browser import (
+    button,
+    choose,
+    chosen,
+    generated,
+    labels,
+    needs_browser,
+    set_steps,
+    settings_in,
+    slow_to_answer,
+    tab,
+    tile,
+)
 
 pytestmark = [pytest.mark.slow, needs_browser]
 
@@ -79,6 +91,28 @@ def test_who_said_no_may_ask_again_at_once(page, fresh) -> None:
         page.once("dialog", lambda dialog: dialog.accept())
         page.locator("#delete").click()
         tile(page, "Tom", "#library").wait_for(state="detached")
+
+
+def test_what_is_deleted_is_chosen_nowhere(page, fresh) -> None:
+    tab(page, "Library")
+    upload(page, fresh("cat", subject="Tom"))
+    tile(page, "Tom", "#library").wait_for()
+    page.locator("#use:enabled").click()
+    page.wait_for_function("document.querySelector('#adapter .tile:has(input:checked) span').innerText === 'Tom'")
+    tab(page, "Compare")
+    before = chosen(page, "#compared")
+    choose(page, "Tom", "#compared")
+    tab(page, "Library")
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.locator("#delete:enabled").click()
+    tile(page, "Tom", "#adapter").wait_for(state="detached")
+    tab(page, "Compare")
+    assert chosen(page, "#compared") == before
+    page.locator("#compare:enabled").wait_for()
+    tab(page, "Generate")
+    assert chosen(page) == ["none"]
+    set_steps(page, 2)
+    assert '"adapters": []' in settings_in(generated(page))
 
 
 def test_a_broken_file_is_refused(page, tmp_path) -> None:

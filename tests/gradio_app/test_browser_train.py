@@ -123,6 +123,27 @@ def test_train_reload_meanwhile_and_try_it(page, photos, served, trainer) -> Non
     assert generated(page)
 
 
+def test_two_trainings_at_once(page, photos, trainer) -> None:
+    fill(page, photos)
+    page.locator("#train").click()
+    report, jobs = page.locator("#training"), page.locator("#jobs select")
+    report.get_by_text("Waldo: under way").wait_for()
+    page.locator("#subject textarea, #subject input").fill("Second")
+    page.locator("#train:enabled").click()
+    report.get_by_text("Second: waiting for its turn").wait_for()
+    report.get_by_text("1 before it").wait_for()
+    assert jobs.locator("option").all_inner_texts()[:2] == ["Second: waiting for its turn", "Waldo: under way"]
+    jobs.select_option(label="Waldo: under way")
+    report.get_by_text("Waldo: under way").wait_for()
+    jobs.select_option(label="Second: waiting for its turn")
+    report.get_by_text("Second: waiting for its turn").wait_for()
+    page.locator("#cancel-training:enabled").click()
+    report.get_by_text("Second: cancelled").wait_for()
+    jobs.select_option(label="Waldo: under way")  # it goes on
+    (trainer / "chosen").touch()
+    report.get_by_text("Training … step 20 of 60").wait_for()
+
+
 def test_a_training_that_fails_and_one_that_is_cancelled(page, photos, trainer) -> None:
     fill(page, photos)
     page.locator("#train").click()

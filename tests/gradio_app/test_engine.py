@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +18,8 @@ from app.arguments import parse_arguments
 from app.engine import SCHEDULERS, Cancelled, Engine, Listener, Settings, _encode
 from app.library import Library
 from app.limits import RequestError
-from tests.gradio_app.conftest import settings
+from app.running import Running
+from tests.gradio_app.conftest import settings, until
 
 
 def same(one: Image.Image, two: Image.Image) -> bool:
@@ -98,6 +100,28 @@ def test_cancelling_leaves_the_pipeline_free(engine, library, ids) -> None:
     assert engine.generate(settings(), library)
 
 
+def test_cancelling_one_kind_leaves_the_other() -> None:
+    def work(listener: Listener):
+        while not listener.cancelled():
+            time.sleep(0.01)
+        raise Cancelled
+        yield
+
+    with ThreadPoolExecutor(4) as threads:
+        running = Running(threads)
+        kinds = {
+            kind: threads.submit(lambda kind=kind: list(running.watch(work, "somebody", kind)))
+            for kind in ("generate", "compare")
+        }
+        until(lambda: running.under_way == 2)
+        assert not running.cancel("somebody else")
+        assert running.cancel("somebody", "compare")
+        assert kinds["compare"].result() == []
+        assert running.under_way == 1
+        assert running.cancel("somebody")
+        assert kinds["generate"].result() == []
+
+
 def test_previews_look_like_what_comes_of_them_and_change_nothing(engine, library) -> None:
     previews = []
     listener = Listener(on_step=lambda done, total, preview: previews.append(preview()))
@@ -142,6 +166,7 @@ def test_too_little_memory_is_said_and_survived(engine, library, monkeypatch) ->
         ({"steps": True}, "must be a number"),
         ({"guidance": float("inf")}, "guidance must be a number"),
         ({"guidance": -1}, "guidance must be from"),
+        ({"seed": 2**32}, "The seed must be from 0 to 4,294,967,295, got 4,294,967,296"),
         ({"seed": -2}, "The seed must be from 0"),
         ({"seed": 1.5}, "The seed must be a whole number, got 1.5"),
         ({"seed": 2**32}, "seed"),

@@ -8,14 +8,19 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from app.app import App
+from app.history import History
 from app.library import Library, plain
 from app.limits import RequestError
+from app.page import Page
 from app.prompts import differing, exchanged
 from app.tabs.library import details
 from app.words import drawn
@@ -223,6 +228,22 @@ def test_a_file_that_is_there_is_not_stored_again(library, fresh, adapters, ids)
     assert len(list(library.folder.iterdir())) == 1
 
 
+def test_a_page_begins_with_what_is_there(library, engine, fresh, ids, tmp_path) -> None:
+    first = library.add(fresh("cat", subject="A cat"))
+    page = Page(App(engine, library, History(tmp_path / "history")))
+    page.build()
+    opened = SimpleNamespace(query_params={})
+    assert page.first == first.id
+    assert page.read_address(opened)[2] == gr.skip()
+    library.delete(first.id)
+    assert page.read_address(opened)[0::2][:2] == ("a photo of sks both", ids["both"])
+    # whoever has a prompt in the link keeps it; a negative seed is none
+    linked = SimpleNamespace(query_params={"prompt": "hello", "seed": "-1"})
+    prompt, _, adapter, *others = page.read_address(linked)
+    assert (prompt, adapter) == ("hello", ids["both"])
+    assert others[-2] == gr.skip()  # "Random" stays on
+
+
 def test_equal_names_are_told_apart_by_dates_else_by_files(library, fresh, ids) -> None:
     new = library.add(fresh("dog"))
     assert library.labels()[ids["dog"]] == "dog (2026-01-02)"
@@ -281,6 +302,12 @@ def test_what_was_made_for_another_base_is_said(adapters, engine, fresh, tmp_pat
         ("a lighthouse", "a photo of sks dog", ["a photo of sks cat", None, ""], "a lighthouse"),
         ("sks dog runs", "a photo of sks dog", ["a photo of sks cat"], "sks dog runs"),
         ("sks cat runs", None, ["a photo of sks cat"], "sks cat runs"),
+        (
+            "sks cat beside sks dog",
+            "a photo of sks bird",
+            ["a photo of sks dog", "a photo of sks cat"],
+            "sks bird beside sks dog",
+        ),
         ("sks catfish", "a photo of sks dog", ["a photo of sks cat", "a photo of sks catfish"], "sks dog"),
     ],
 )

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_a_training_ends_in_the_library(queue, photos, library) -> None:
     assert not any(str(queue.folder) in summary for _, summary in progress.phases)
     assert second.state == "cancelled"
     assert not (queue.folder / second.id / "out").exists()
+    for ended in (job, second):  # people's photos are not kept
+        until(lambda ended=ended: not (queue.folder / ended.id / "photos").exists())
     # after a restart of the app it is all still there
     again = TrainingQueue(queue.folder, "toybox", lambda path: "")
     assert again.jobs[job.id] == job
@@ -93,6 +96,17 @@ def test_a_state_is_in_its_file_before_it_is_shown(queue, photos, monkeypatch) -
     assert (None, "waiting") in saved
     assert ("waiting", "cancelled") in saved
     assert second.state == "cancelled"
+
+
+def test_a_restart_keeps_the_order(tmp_path) -> None:
+    for name, submitted in (("b", 2.0), ("a", 1.0), ("c", 3.0)):
+        (tmp_path / name).mkdir()
+        job = Job(name, "x", "dog", 10, 100, submitted=submitted, state="failed")
+        (tmp_path / name / "job.json").write_text(json.dumps(asdict(job)))
+    os.utime(tmp_path / "a" / "job.json", (0, 0))
+    queue = TrainingQueue(tmp_path, "toybox", lambda path: "")
+    queue.close()
+    assert [job.id for job in queue.of(None)] == ["a", "b", "c"]
 
 
 def test_cancelling_a_running_one(small, photos) -> None:
