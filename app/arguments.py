@@ -14,7 +14,7 @@ from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.families import FAMILIES
 from s2ft_diffusion.families.loading import check_offload
 from s2ft_diffusion.families.quantization import QUANTIZATIONS, check_quantization
-from s2ft_diffusion.text import as_argument, decode_arguments, decoded
+from s2ft_diffusion.text import HelpFormatter, as_argument, decode_arguments, decoded
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m app",
         description="Browse S2FT adapters, generate with them, compare, train and look inside.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("models").add_argument
     add(

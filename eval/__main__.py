@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from s2ft_diffusion.text import decode_arguments, forgive_streams
+from s2ft_diffusion.text import HelpFormatter, decode_arguments, forgive_streams
 
 from . import ablation, compare, score, spectrum
 from .encoders import EncoderError
@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
-        module.add_arguments(commands.add_parser(name, help=module.__doc__, description=module.__doc__))
+        words = {"help": module.__doc__, "description": module.__doc__, "formatter_class": HelpFormatter}
+        module.add_arguments(commands.add_parser(name, **words))
     args = parser.parse_args(arguments)
     try:
         decode_arguments(args, paths=vars(args).keys() - TEXTS)

@@ -81,16 +81,16 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, tri
         default=0.0016,
         help="S²FT's numbers a layer, or a share; other sizes follow",
     )
-    add("--targets", choices=TARGETS, default="all")
+    add("--targets", choices=TARGETS, default="all", help="layers that are adapted")
     add("--steps", type=int, default=300, help="training steps")
     add("--batch", type=int, default=4, help="images a training step")
     add("--resolution", type=int, help="by default the base's own")
     add("--token", default=UNSEEN_TOKEN, help="the unique token")
-    add("--images_per_prompt", type=int, default=4)
+    add("--images_per_prompt", type=int, default=4, help="images of each prompt and training")
     add("--drift_images", type=int, default=2, help="images a prompt that does not name the subject")
-    add("--sampling_steps", type=int, default=20)
+    add("--sampling_steps", type=int, default=20, help="denoising steps of an image")
     add("--guidance", type=float, help="by default 4 for an embedded base, else its pipeline's own")
-    add("--output_dir", type=Path, default=Path(output_dir))
+    add("--output_dir", type=Path, default=Path(output_dir), help="where everything goes")
     add_encoder_arguments(parser)
 
 

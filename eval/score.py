@@ -54,7 +54,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dino", help=f"ViT for transformers, or toybox; by default {DINO}; on an embedded base, toybox")
     add("--clip", help=f"open_clip model, or toybox; by default {CLIP}; on an embedded base, toybox")
     add("--lpips", help=f"alex, vgg, squeeze or toybox; by default {LPIPS}; on an embedded base, toybox")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train and generate")
     add("--batch_size", type=int, default=32, help="images that the encoders see at once")
     add("--features", type=Path, help="folder to keep features in; by default features/ in the output folder")
 

@@ -10,6 +10,15 @@ from collections.abc import Collection
 from .errors import InputError
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool) or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def forgive_streams() -> None:
     """Let standard output and error take any text: a name that the terminal cannot show is no reason to stop."""
     for stream in (sys.stdout, sys.stderr):

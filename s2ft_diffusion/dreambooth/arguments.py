@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -20,14 +20,15 @@ from ..errors import InputError
 from ..families.loading import check_offload
 from ..families.quantization import QUANTIZATIONS, check_quantization
 from ..pipelines.targets import TARGETS
-from ..text import as_argument, decode_arguments, printable
-from ..tuner.config import PRESETS
+from ..text import HelpFormatter, as_argument, decode_arguments, printable
+from ..tuner.config import PRESETS, S2FTConfig
 from ..tuner.prior import Estimate
 from .environment import PRECISIONS, mixed_precision, process_count, run_date, sharding_asked
 from .folders import check_apart, check_outside
 from .settings import (
     DEFAULT_BASE,
     LEARNING_RATES,
+    NUMBERS,
     AdapterSettings,
     BaseSettings,
     CheckpointSettings,
@@ -73,12 +74,24 @@ def _yes_no(text: str) -> bool:
     return text.lower() in ("yes", "true")
 
 
+def _preset_words() -> str:
+    """What the presets choose, for the help."""
+    named = {"yes": True, "no": False, "none": None}
+
+    def said(options: Mapping[str, Any]) -> str:
+        words = {name: next((w for w, v in named.items() if v is value), value) for name, value in options.items()}
+        return ", ".join(f"{name} {words[name]}" for name in S2FT_OPTIONS if name in words and name != "n_frequency")
+
+    default, paper = said(vars(S2FTConfig())), said(PRESETS["paper"])
+    return f"Options that are not given are the preset's. default: {default}. paper: {paper}."
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags with their defaults."""
     parser = _Parser(
         prog="train_dreambooth_s2ft.py",
         description="Train an S2FT adapter on a handful of photos of one subject.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument_group("base model and data").add_argument
     add(
@@ -109,18 +122,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--random_flip", action="store_true", help="mirror images at random")
     add("--tokenizer_max_length", type=int, help="tokens a prompt is padded to; by default the tokenizer's own")
 
-    add = parser.add_argument_group("S2FT").add_argument
+    add = parser.add_argument_group("S2FT", _preset_words()).add_argument
     add("--preset", choices=tuple(PRESETS), default="default", help="where the options below start from")
     add(
         "--targets",
         choices=TARGETS,
-        help="layers: qv, attention, blocks, or all, which is the default; the preset paper's is qv",
+        help="layers to adapt; by default all, of the preset paper qv",
     )
     add("--train_text_encoder", action="store_true", help="adapt the text encoder's projections too")
     add(
         "--n_frequency",
         type=amount,
-        help="real trainable numbers a layer: a count, or a share below 1; by default 2000 for all, 8000 for qv",
+        help="real trainable numbers a layer: a count, or a share below 1; by default "
+        + ", ".join(f"{count} for {targets}" for targets, count in NUMBERS.items()),
     )
     add("--positions", choices=("grid", "free"), help="coefficients on a grid of frequencies, or anywhere (the paper)")
     add("--oversampling", type=int, help="on a grid, places for each trained number; 1 trains all places")
@@ -133,7 +147,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--distance", choices=("cosine", "euclidean"), help="distance between rows, and between columns")
     add("--signs", type=_yes_no, metavar="yes|no", help="let rows and columns be negated")
     add("--refine", choices=("2opt", "none"), help="how the order is refined")
-    add("--estimate", choices=get_args(Estimate), help="how the weight change is pre-estimated")
+    add(
+        "--estimate",
+        choices=get_args(Estimate),
+        help="how the weight change is pre-estimated; by default full, of the preset paper gradient, and scaled with "
+        "--quantize, --offload and --shard",
+    )
     add("--estimate_draws", type=int, help="its noise and timestep draws per image; by default 8, for full 4 to 24")
     add("--adapter_dtype", choices=DTYPES, default="float32", help="type of the stored coefficients")
 
@@ -148,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", action="store_true", help="save memory, at the cost of time")
     add("--quantize", choices=QUANTIZATIONS, help="hold the frozen linear layers in 4 or 8 bits")
     add("--offload", action="store_true", help="keep the denoiser's blocks in host memory; checkpoints gradients")
-    add("--shard", action="store_true", help="share the denoiser's weights out over the processes (FSDP 2)")
+    add("--shard", action="store_true", help="shard the denoiser's weights over the processes (FSDP 2)")
     add("--skip_memory_check", action="store_true", help="begin also where the estimate says that memory is too small")
     add("--dry_run", action="store_true", help="say how much memory the run needs on a GPU, and stop")
     add("--learning_rate", type=float, help="the highest learning rate; by default 2e-4, for the preset paper 1e-3")
@@ -164,7 +183,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
     add("--max_grad_norm", type=float, default=1.0, help="norm that gradients are clipped to")
     add("--snr_gamma", type=float, help="gamma of min-SNR loss weights; 5.0 is usual")
-    add("--weighting_scheme", choices=WEIGHTING_SCHEMES, help="where a flow's times lie; by default the base's usual")
+    add(
+        "--weighting_scheme",
+        choices=WEIGHTING_SCHEMES,
+        help="how a flow draws timesteps; by default the base's usual",
+    )
     add("--logit_mean", type=float, default=0.0, help="mean of logit_normal")
     add("--logit_std", type=float, default=1.0, help="standard deviation of logit_normal")
     add("--mode_scale", type=float, default=1.29, help="scale of mode")
