@@ -167,7 +167,11 @@ def write_adapter(path: str | os.PathLike, adapter: Adapter, dtype: str = "float
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
-    """Read and check an adapter file, as `read_stored` does, with an `S2FTConfig` (frozen) for each component."""
+    """Read and check an adapter file, with an `S2FTConfig` (frozen) for each component.
+
+    Raises AdapterFileError for a file that is not there, damaged, not an adapter, of a newer format, or whose tensors
+    and header contradict each other.
+    """
     return read_stored(path, functools.partial(S2FTConfig, inference_mode=True))
 
 

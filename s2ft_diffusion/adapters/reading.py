@@ -40,7 +40,14 @@ BEFORE_VERSION_4 = {"positions": "free", "oversampling": 1}  # what configs did 
 class AdapterInfo:
     """What a file says about itself beside the numbers; every field may be unknown.
 
-    `training` holds plain facts (steps, learning rate, loss, ...). `thumbnail` is a WebP image of at most 20 KiB.
+    Attributes:
+        base_model: hub id or folder of the base that it was trained on.
+        instance_prompt: the prompt of training, which names the subject: "a photo of sks dog".
+        subject: what the subject is called.
+        class_name: what it is: "dog".
+        date: when it was trained: "2026-01-31".
+        training: plain facts (steps, learning rate, loss, ...).
+        thumbnail: a WebP image of at most 20 KiB.
     """
 
     base_model: str | None = None
@@ -92,7 +99,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """What a file's header says: its info, configs and layer shapes by component, and its real trainable numbers."""
+    """What a file's header says.
+
+    Attributes:
+        info: what it says about itself.
+        configs: fields of the `S2FTConfig` of each component ("unet", "transformer", "text_encoder", ...).
+        shapes: (rows, columns) of each layer's weight change, by component and layer.
+        trainable: real trainable numbers in all.
+    """
 
     info: AdapterInfo
     configs: dict[str, dict[str, Any]]
