@@ -73,7 +73,7 @@ def test_eight_bits() -> None:
 def test_a_run_learns(packed, models, task, method) -> None:
     prepared = training.load_task(task, packed, models, torch.device("cpu"), epochs=4.0)
     prepared.head_rate = 1e-2
-    run = replace(runs.main_run(task, method, 1, rate=runs.RATES[method][1]), numbers=64)
+    run = replace(runs.main_run(task, method, 1, rate=runs.rates(task, method)[-2]), numbers=64)
     (row,) = training.train_together(prepared, [run], [None], until=float("inf"))
     assert "error" not in row, row["error"]
     assert row["steps"] == 20 * 70 // 32
@@ -194,10 +194,10 @@ def test_choosing_waits_for_rates() -> None:
     assert len({run.key() for run in queue}) == len(queue)
     assert {run.task for run in runs.queue(ablated="ratings") if run.study != "comparison"} == {"ratings"}
     pending = list(queue)
-    assert len(workers.choose(pending, [], 100)) == 3 * len(runs.METHODS)
+    assert len(workers.choose(pending, [], 100)) == 4 * len(runs.METHODS)
     assert not workers.choose(pending, [], 100)
     rows = [
-        {"task": "images", "method": "lora", "split": "validation", "rate": r, "score": float("nan")} for r in (1, 2)
+        {"task": "images", "method": "lora", "split": "validation", "rate": r, "score": float("nan")} for r in (1, 2, 4)
     ]
     assert runs.best_rate(rows, "images", "lora") is None
     rows.append({"task": "images", "method": "lora", "split": "validation", "rate": 3, "score": 0.1})

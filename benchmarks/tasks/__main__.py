@@ -9,9 +9,9 @@
     python -m benchmarks.tasks cost --device cuda
     python -m benchmarks.tasks table
 
-A method's rate is chosen among three, with one seed, on a validation split; test rows have that rate and five other
-seeds. Rows that are in the file are not made again, so an interrupted benchmark goes on; rows of other --small or
---epochs belong in another file.
+A method's rate is chosen among three (on images four), with one seed, on a validation split; test rows have that rate
+and other seeds. Rows that are in the file are not made again, so an interrupted benchmark goes on; rows of other
+--small or --epochs belong in another file.
 """
 
 from __future__ import annotations
