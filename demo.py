@@ -67,7 +67,7 @@ def train(subject: Subject, output_dir: Path, flags: Sequence[str] = ()) -> dict
     photos = output_dir / subject.name
     write_photos(subject.name, photos, captions=True)
     command = [
-        str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "1",
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1",
         str(ROOT / "train_dreambooth_s2ft.py"),
         "--pretrained_model_name_or_path", "toybox",
         "--instance_dir", str(photos),
@@ -77,7 +77,7 @@ def train(subject: Subject, output_dir: Path, flags: Sequence[str] = ()) -> dict
         *TRAINING,
         *flags,
     ]  # fmt: skip
-    print("$", " ".join(["accelerate", *command[1:]]), flush=True)
+    print("$", " ".join(["accelerate", "launch", *command[3:]]), flush=True)
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return json.loads((output_dir / "adapter" / "training.json").read_text(encoding="utf-8"))
 

@@ -25,6 +25,7 @@ from ..tuner.config import PRESETS, S2FTConfig
 from ..tuner.prior import Estimate
 from .environment import PRECISIONS, mixed_precision, process_count, run_date, sharding_asked
 from .folders import check_apart, check_outside
+from .publish import check_nothing_is_lost
 from .settings import (
     DEFAULT_BASE,
     LEARNING_RATES,
@@ -323,6 +324,7 @@ def _check_folders(args: argparse.Namespace) -> None:
     written = {"--output_dir": output_dir, "the folder of sample images": output_dir / "validation", **logs, **classes}
     check_apart({**photos, **classes, **checkpoint}, written)
     check_outside({"--output_dir": output_dir, **logs, **classes}, base)
+    check_nothing_is_lost(output_dir, lora=args.save_lora is not None)
     for name in ("checkpoint-*", ".checkpoint-*"):  # the latter while one is written
         check_outside({**photos, **classes, **base}, {"the checkpoints of --output_dir": output_dir / name})
 

@@ -160,6 +160,11 @@ def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
             raise InputError(f"{component}.{name}: {error}") from None
 
 
+def vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the autoencoder of a run in `dtype` computes in."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def load_base(
     plan: BasePlan,
     dtype: torch.dtype = torch.float32,
@@ -168,11 +173,13 @@ def load_base(
 ) -> Family:
     """The family with its loaded pipeline: models in host memory and evaluation mode, with no parameter trainable.
 
-    `quantize` packs the frozen linear layers, on the device that the family's models are going to work on.
+    `quantize` packs the frozen linear layers, on the device that the family's models are going to work on. In float16
+    the autoencoder is in float32, as diffusers' scripts have it: activations of some overflow.
     """
     pipeline = load_pipeline(
         plan.location, plan.family, dtype, plan.options, quantize=quantize, device=device or torch.device("cpu")
     )
+    pipeline.vae.to(vae_dtype(dtype))
     for model in pipeline.components.values():
         if isinstance(model, nn.Module):
             model.requires_grad_(False).eval()

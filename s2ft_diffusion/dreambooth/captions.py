@@ -25,7 +25,7 @@ def read_captions(photos: Sequence[Path], prompt: str) -> list[str]:
     for photo in photos:
         path = caption_path(photo)
         try:
-            words = path.read_text(encoding="utf-8") if path.is_file() else ""
+            words = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{printable(path)}: a caption that cannot be read as UTF-8 ({error}).") from None
         captions.append(" ".join(words.split()) or prompt)

@@ -32,7 +32,8 @@ class LatentSource:
         moments = self._moments.get(key) if self.images.fixed else None
         if moments is None:
             pixels = self.images.crop(draw.image, draw.place, flip=draw.flip)[None]
-            mean, std = (moment.float() for moment in self.family.moments(pixels))
+            with self.family.exactly():
+                mean, std = (moment.float() for moment in self.family.moments(pixels))
             moments = (mean, std)
             if self.images.fixed:
                 self._moments[key] = moments

@@ -30,7 +30,7 @@ from ..families.sharding import shared_blocks
 from ..pipelines.attach import inject_adapter
 from ..tuner.estimate import watch_layer
 from ..tuner.layer import S2FTLayer, compute_dtype
-from .base import BasePlan, empty_model
+from .base import BasePlan, empty_model, vae_dtype
 from .checkpoints import ADAPTER
 from .settings import ComputeSettings, Settings
 
@@ -74,9 +74,9 @@ def run_memory(plan: BasePlan, settings: Settings, dtype: torch.dtype) -> RunMem
             if compute.quantize:
                 pack_blank(encoder, compute.quantize, dtype)
             encoders += weight_bytes(encoder)
-    autoencoder = _in_dtype(blank("vae"), dtype)
+    autoencoder = _in_dtype(blank("vae"), vae_dtype(dtype))
     vae = weight_bytes(autoencoder)
-    encoding, decoding = _autoencoder_passes(family, plan.base_configs, autoencoder, plan.resolution, dtype)
+    encoding, decoding = _autoencoder_passes(family, plan.base_configs, autoencoder, plan.resolution, vae_dtype(dtype))
     step = step_memory(
         family,
         plan.base_configs,

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import HTTPError  # of whichever httpx the hub's client uses
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .. import toybox
@@ -62,6 +63,27 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def check_nothing_is_lost(folder: Path, lora: bool) -> None:
+    """Raise InputError where a run would write over a README, or with `lora` over a LoRA, that is no other run's."""
+    card = folder / "README.md"
+    if card.is_file() and "\n- s2ft\n" not in card.read_text(encoding="utf-8", errors="replace"):
+        raise InputError(
+            f"{printable(card)} is no card of this program; choose another --output_dir, or move it."
+        )
+    if lora and (folder / LORA_NAME).exists() and not _is_own_lora(folder / LORA_NAME):
+        raise InputError(
+            f"{printable(folder / LORA_NAME)} is no LoRA of this program; choose another --output_dir, or move it."
+        )
+
+
+def _is_own_lora(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("modelspec.description", "").startswith("S2FT adapter")
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_model_card(
@@ -163,8 +185,8 @@ def publish(
             except ValueError as problem:
                 raise NotPublished(f"The LoRA was not written: {problem} The adapter is complete: {path}.") from None
             written |= {"lora_bytes": lora.bytes, "lora_rank": lora.ranks[1], "lora_error": lora.relative_error}
-        else:
-            (path.parent / LORA_NAME).unlink(missing_ok=True)  # an earlier run's, of another adapter
+        elif _is_own_lora(path.parent / LORA_NAME):
+            (path.parent / LORA_NAME).unlink()  # an earlier run's, of another adapter
         bar.update()
         name = repository or printable(path.parent.resolve().name)
         write_model_card(settings, name, adapter, size, facts["share"], samples)

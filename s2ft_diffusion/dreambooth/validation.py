@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +47,7 @@ class Validation:
         for model in away:
             model.to(self.accelerator.device)
         pipeline.set_progress_bar_config(desc="validate", leave=False, disable=not writes)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self._decoding_exactly():
             images = pipeline(
                 prompt=[self.settings.prompt] * self.settings.images,
                 **self.family.call(side=self.resolution),
@@ -57,10 +60,27 @@ class Validation:
         self._log(images, step)
         return self._write(images, name)
 
+    @contextmanager
+    def _decoding_exactly(self) -> Iterator[None]:
+        """Have the autoencoder decode in its own precision, whatever the denoiser's latents are in."""
+        vae = self.family.vae
+        decode = vae.decode
+
+        def decode_exactly(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            with self.family.exactly():
+                return decode(latents.to(vae.dtype), *args, **kwargs)
+
+        vae.decode = decode_exactly
+        try:
+            yield
+        finally:
+            del vae.decode
+
     def _write(self, images: list[Image.Image], name: str) -> list[Path]:
         self.folder.mkdir(exist_ok=True)
         for stale in self.folder.glob(f"{name}-*.png"):
-            stale.unlink()
+            if stale.stem.removeprefix(f"{name}-").isdecimal():
+                stale.unlink()
         paths = [self.folder / f"{name}-{i}.png" for i in range(len(images))]
         for path, image in zip(paths, images, strict=True):
             image.save(path)

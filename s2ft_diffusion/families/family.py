@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -222,11 +223,17 @@ class Family:
     def away(self) -> list[nn.Module]:
         """The models that are not on the device, because training does without them."""
         models = [model for model in self.pipeline.components.values() if isinstance(model, nn.Module)]
-        return [model for model in models if model.device != self.device]
+        return [model for model in models if not _same_place(model.device, self.device)]
 
     @property
     def vae(self) -> nn.Module:
         return self.pipeline.vae
+
+    def exactly(self) -> AbstractContextManager[Any]:
+        """Without autocast where the autoencoder is in float32: in float16, activations of some overflow (SDXL's)."""
+        if self.vae.dtype == torch.float32:
+            return torch.autocast(self.vae.device.type, enabled=False)
+        return nullcontext()
 
     @property
     def device(self) -> torch.device:
@@ -284,3 +291,8 @@ def blank_words(tokens: int, width: int) -> Conditions:
         "encoder_hidden_states": torch.zeros(1, tokens, width),
         "encoder_attention_mask": torch.ones(1, tokens, dtype=torch.int64),
     }
+
+
+def _same_place(one: torch.device, other: torch.device) -> bool:
+    """Whether two devices are one: "cuda", as a single process has it, is where a model on "cuda:0" is."""
+    return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from ..adapters.file import COMPONENTS, Adapter, AdapterFileError, AdapterInfo
-from ..adapters.names import canonical_name, name_in
+from ..adapters.names import canonical_name, module_name, name_in
 from ..tuner.config import S2FTConfig, S2FTType
 from ..tuner.layer import S2FTLayer, delta_shape, innermost, layer_type
 from .targets import has_fused_projections
@@ -137,6 +138,7 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
             with left_alone(present), warnings.catch_warnings():  # PEFT would unfuse what is fused
                 warnings.filterwarnings("ignore", "Adapter cannot be set when the model is merged")
                 inject_adapter_in_model(config, model, adapter_name)
+            put_innermost(model)
             placed = model.peft_config[adapter_name]
             placed.target_modules = set(names)
             placed.n_frequency = adapter.configs[component].n_frequency
@@ -154,6 +156,47 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         raise
+
+
+def put_innermost(model: nn.Module) -> None:
+    """Have S2FT layers within those of other tuners, next to what they adapt: diffusers knows a LoRA by its names."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, S2FTLayer)]
+    for name, layer in reversed(layers):
+        if isinstance(layer.base_layer, BaseTunerLayer):
+            _replace(model, name, layer.base_layer)
+            _put_within(layer.base_layer, layer)
+
+
+def _put_within(outer: BaseTunerLayer, layer: S2FTLayer) -> None:
+    while isinstance(outer.base_layer, BaseTunerLayer):
+        outer = outer.base_layer
+    layer.base_layer, outer.base_layer = outer.base_layer, layer
+
+
+@contextmanager
+def set_aside(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, models have no S2FT layers; after it they are back, innermost.
+
+    For loading LoRAs: diffusers looks for weights by the names that they have under layers of its own alone.
+    """
+    taken = []
+    for model in models:
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, S2FTLayer)]
+        for name, layer in reversed(layers):  # inside first: names outside stay true
+            _replace(model, name, layer.base_layer)
+            taken.append((model, module_name(name), layer))
+    try:
+        yield
+    finally:
+        for model, name, layer in taken:
+            place = model.get_submodule(name)
+            if isinstance(place, BaseTunerLayer):
+                _put_within(place, layer)
+            else:
+                layer.base_layer = place
+                _replace(model, name, layer)
+        for model in dict.fromkeys(model for model, _, _ in taken):
+            _maybe_remove_and_reapply_group_offloading(model)
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from .attach import (
     s2ft_adapters,
     s2ft_configs,
     s2ft_layers,
+    set_aside,
 )
 from .offloading import offloading_paused
 
@@ -184,7 +185,8 @@ def _load_lora(original: Method) -> Method:
     def load_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         models = adaptable_components(self)
         before = _names(models.values())
-        result = original(self, *args, **kwargs)
+        with set_aside(models.values()):
+            result = original(self, *args, **kwargs)
         if s2ft_layers(self) and (new := [name for name in _names(models.values()) if name not in before]):
             activate(models.values(), new[-1])
         return result
@@ -198,7 +200,8 @@ def _load_into_model(original: Method) -> Method:
     @functools.wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = _names([self])
-        result = original(self, *args, **kwargs)
+        with set_aside([self]):
+            result = original(self, *args, **kwargs)
         mixed = any(isinstance(module, S2FTLayer) for module in self.modules())
         if mixed and (new := [name for name in _names([self]) if name not in before]):
             activate([self], new[-1])

@@ -30,7 +30,8 @@ def fourier_functions(
     phase = (torch.arange(n, device=device)[:, None] * frequency).remainder_(n)
     phase += n * ((functions > 0) & (functions % 2 == 0))
     single = (functions == 0) | (2 * frequency == n)  # the constant and the alternation
-    norm = torch.where(single, math.sqrt(1 / n), math.sqrt(2 / n)).to(wide)
+    norm = torch.full(single.shape, math.sqrt(2 / n), dtype=exact, device=device)
+    norm = norm.masked_fill_(single, math.sqrt(1 / n)).to(wide)
     return period.index_select(0, phase.flatten()).view(phase.shape).mul_(norm).to(dtype)
 
 

@@ -132,6 +132,9 @@ class S2FTConfig(PeftConfig):
             raise ValueError('coefficients and norm are choices of positions="free"; a grid has orthonormal functions.')
         if self.positions == "free" and self.oversampling != 1:
             raise ValueError('oversampling is a choice of positions="grid".')
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform.")
 

@@ -63,6 +63,11 @@ class S2FTModel(BaseTuner):
         if (layer := _s2ft_layer_in(target)) is not None:
             layer.update_layer(adapter_name, n_frequency, s2ft_config, current_key)
             return
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TypeError(
+                f"S2FT cannot adapt {current_key!r}: nn.MultiheadAttention takes its weight without calling it, so an "
+                "adapter there would do nothing. Name it in exclude_modules."
+            )
         kind = layer_type(target)
         if kind is None:
             raise TypeError(
