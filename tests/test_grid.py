@@ -34,6 +34,15 @@ def test_the_functions_are_orthonormal_and_the_transform_is_theirs(n) -> None:
     torch.testing.assert_close(fourier_transform(matrix.T.contiguous(), 1), matrix.T @ functions)
 
 
+def test_the_functions_do_not_depend_on_the_default_dtype() -> None:
+    wanted = fourier_functions(31, torch.arange(31))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(fourier_functions(31, torch.arange(31), dtype=torch.float32), wanted.float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_grid_is_the_free_adapter_with_its_positions(shape) -> None:
     """Every pair of functions, one at a time, as complex coefficients at (u, v) and (-u, v): axes and Nyquist too."""

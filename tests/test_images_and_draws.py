@@ -147,6 +147,9 @@ def test_captions_are_the_text_files_of_photos(tmp_path) -> None:
     photos = find_images(tmp_path)
     assert [path.name for path in photos] == ["a.png", "b.png", "c.png"]
     assert read_captions(photos, "a dog") == ["a dog", "a photo of sks dog on a beach", "a dog"]
+    for name, words in (("a", b"a photo of sks dog in snow\r\n"), ("c", b"")):  # as Windows' Notepad writes them
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + words)
+    assert read_captions(photos, "a dog")[0::2] == ["a photo of sks dog in snow", "a dog"]
     assert fingerprints(photos) != before  # a run is not resumed on other words
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match=r"b\.txt: a caption that cannot be read as UTF-8"):

@@ -205,6 +205,8 @@ def test_names_what_it_cannot_adapt(two_layers) -> None:
     model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
     with pytest.raises(TypeError, match=r"'0', a LayerNorm"):
         get_peft_model(model, S2FTConfig(target_modules=["0"], n_frequency=4))
+    with pytest.raises(TypeError, match=r"out_proj': nn.MultiheadAttention takes its weight without calling it"):
+        get_peft_model(nn.MultiheadAttention(8, 2), S2FTConfig(target_modules=["out_proj"], n_frequency=4))
     with pytest.raises(ValueError, match="second: n_frequency=400"):
         get_peft_model(two_layers, config(n_frequency_pattern={"second": 400}))
 
@@ -218,6 +220,7 @@ def test_names_what_it_cannot_adapt(two_layers) -> None:
         {"n_frequency": math.inf}, {"n_frequency_pattern": {"x": "8"}}, {"n_frequency_pattern": {"x": math.nan}},
         {"n_frequency_pattern": None}, {"gamma": "2"}, {"gamma": math.nan}, {"scaling": math.inf}, {"scaling": None},
         {"oversampling": math.nan}, {"oversampling": "2"}, {"oversampling": 0},
+        {"layers_to_transform": [0], "target_modules": "x"},
     ],
 )  # fmt: skip
 def test_config_refuses(options) -> None:

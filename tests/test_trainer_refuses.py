@@ -6,8 +6,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import train_dreambooth_s2ft as recipe
+from s2ft_diffusion.adapters.lora_files import LORA_NAME
 from s2ft_diffusion.dreambooth.arguments import build_parser, parse_arguments
 from s2ft_diffusion.dreambooth.prompts import check_prompts, loses_subject, lost_words, read_windows
 from s2ft_diffusion.errors import InputError
@@ -48,6 +51,25 @@ def test_refuses_images(photos, tmp_path) -> None:
     assert "notes.txt" in bad(photos, tmp_path / "out", *more)
     (photos / "9.jpg").write_bytes(b"not an image")
     assert "9.jpg" in bad(photos, tmp_path / "out")
+
+
+def test_what_is_not_ours_is_not_written_over(photos, tmp_path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "README.md").write_text("# My project")
+    assert "README.md is no card of this program" in bad(photos, output)
+    (output / "README.md").unlink()
+    save_file({"unet.x.lora_A.weight": torch.ones(1)}, output / LORA_NAME)
+    assert f"{LORA_NAME} is no LoRA of this program" in bad(photos, output, "--save_lora")
+    before = (output / LORA_NAME).read_bytes()
+    (output / "validation").mkdir()
+    (output / "validation" / "final-holiday.png").write_bytes(b"x")
+    sampling = ("--validation_prompt", "a photo of sks dog", "--num_validation_images", "1")
+    for more in ((), sampling):  # over its own card, too
+        train_here(photos, output, "--max_train_steps", "1", *more)
+    assert (output / LORA_NAME).read_bytes() == before
+    names = ["final-0.png", "final-holiday.png"]
+    assert sorted(path.name for path in (output / "validation").glob("final-*")) == names
 
 
 def test_refuses_output_folders(photos, tmp_path) -> None:

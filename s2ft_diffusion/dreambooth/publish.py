@@ -69,9 +69,7 @@ def check_nothing_is_lost(folder: Path, lora: bool) -> None:
     """Raise InputError where a run would write over a README, or with `lora` over a LoRA, that is no other run's."""
     card = folder / "README.md"
     if card.is_file() and "\n- s2ft\n" not in card.read_text(encoding="utf-8", errors="replace"):
-        raise InputError(
-            f"{printable(card)} is no card of this program; choose another --output_dir, or move it."
-        )
+        raise InputError(f"{printable(card)} is no card of this program; choose another --output_dir, or move it.")
     if lora and (folder / LORA_NAME).exists() and not _is_own_lora(folder / LORA_NAME):
         raise InputError(
             f"{printable(folder / LORA_NAME)} is no LoRA of this program; choose another --output_dir, or move it."

@@ -132,8 +132,9 @@ def attach_adapter(components: Mapping[str, nn.Module], adapter: Adapter, adapte
             # An expression, which PEFT matches whole: of a name it takes every layer that ends like it.
             names = {name_in(model, name): layer for name, layer in layers.items()}
             config = replace(
-                adapter.configs[component], target_modules="|".join(map(re.escape, names)), inference_mode=True
-            )
+                adapter.configs[component], target_modules="|".join(map(re.escape, names)), inference_mode=True,
+                layers_to_transform=None, layers_pattern=None,
+            )  # fmt: skip
             config.n_frequency, config.n_frequency_pattern = 2, {}  # their places are taken at once
             with left_alone(present), warnings.catch_warnings():  # PEFT would unfuse what is fused
                 warnings.filterwarnings("ignore", "Adapter cannot be set when the model is merged")

@@ -10,6 +10,7 @@ import torch
 
 from s2ft_diffusion.dreambooth.base import load_base, plan_base
 from s2ft_diffusion.dreambooth.settings import AdapterSettings, BaseSettings, LossSettings
+from s2ft_diffusion.dreambooth.validation import Validation
 from s2ft_diffusion.errors import InputError
 from s2ft_diffusion.families import FAMILIES, Family
 from s2ft_diffusion.families.objectives import FlowObjective
@@ -96,6 +97,31 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(saved, name) -> None:
         if argument == "timestep" and theirs[argument].ndim == 0:  # U-Nets broadcast it themselves
             ours[argument] = ours[argument][0]
         assert_same(theirs[argument], ours[argument], f"{name}: {argument}")
+
+
+def test_a_device_without_an_index_is_the_one_with_its_own(saved) -> None:
+    """A single process has "cuda", and models that are there say "cuda:0"; on a CPU it is the other way round."""
+    base = load_base(plan(saved("StableDiffusionPipeline")), device=torch.device("cpu", 0))
+    assert base.vae.device != base.device
+    assert base.away() == []
+
+
+def test_the_autoencoder_of_a_run_in_float16_is_in_float32(saved, tmp_path) -> None:
+    base = load_base(plan(saved("StableDiffusionXLPipeline")), torch.float16)
+    vae, latents = base.vae, torch.randn(1, *plan(saved("StableDiffusionXLPipeline")).latent_shape)
+    assert (vae.dtype, base.pipeline.unet.dtype) == (torch.float32, torch.float16)
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(3e5)  # as SDXL's, whose activations float16 cannot hold
+        vae.decoder.conv_in.weight.mul_(3e5)
+        pixels, decoded = torch.rand(1, 3, 16, 16), vae.decode(latents.half().float()).sample
+        validation = Validation(None, tmp_path, 0, 16, base, None)
+        with torch.autocast("cpu", torch.float16):
+            assert not torch.isfinite(base.moments(pixels)[0]).all()
+            with base.exactly():
+                assert torch.isfinite(base.moments(pixels)[0]).all()
+            with validation._decoding_exactly():
+                assert torch.equal(vae.decode(latents.half()).sample, decoded)
+    assert "decode" not in vars(vae)
 
 
 @pytest.mark.parametrize("name", ALL)
