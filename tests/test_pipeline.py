@@ -14,7 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
-from peft import get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from PIL import Image
 
 from s2ft_diffusion import AdapterFileError, S2FTConfig, S2FTLinear, attention_targets
@@ -339,3 +339,15 @@ def test_sources_that_do_not_exist(pipe, tmp_path) -> None:
         pipe.load_s2ft_weights("not a repo/at all/really")
     with pytest.raises(OSError, match="hub"):
         pipe.load_s2ft_weights("someone/s2ft-dog")
+
+
+@pytest.mark.parametrize("options", [{}, {"oversampling": 2}, {"positions": "free"}])
+def test_the_default_device_does_not_matter(pipe, folder, options) -> None:
+    """As under `torch.set_default_device("cuda")`, where what is made without a device is not in host memory."""
+    path, expected = folder
+    model = torch.nn.Sequential(torch.nn.Linear(16, 12))
+    with torch.device("meta"):
+        pipe.load_s2ft_weights(path)
+        get_peft_model(model, S2FTConfig(target_modules=["0"], n_frequency=20, init_weights=False, **options))
+    assert torch.equal(generate(pipe), expected)
+    assert model(torch.ones(1, 16)).isfinite().all()

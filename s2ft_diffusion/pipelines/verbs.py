@@ -46,11 +46,14 @@ logger = logging.getLogger(__name__)
 
 
 def _in_ordinary_mode(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Tensors made under `torch.inference_mode` could not be switched, swapped or trained outside it."""
+    """Tensors made under `torch.inference_mode` could not be switched, swapped or trained outside it.
+
+    What is read is in host memory first, and so is what is made for it, whatever `torch.set_default_device` says.
+    """
 
     @functools.wraps(verb)
     def outside(*args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.device("cpu"):
             return verb(*args, **kwargs)
 
     return outside

@@ -61,7 +61,8 @@ class S2FTModel(BaseTuner):
         key = current_key if current_key in pattern else get_pattern_key(pattern.keys(), current_key)
         n_frequency = pattern.get(key, s2ft_config.n_frequency)
         if (layer := _s2ft_layer_in(target)) is not None:
-            layer.update_layer(adapter_name, n_frequency, s2ft_config, current_key)
+            with torch.device("cpu"):
+                layer.update_layer(adapter_name, n_frequency, s2ft_config, current_key)
             return
         if isinstance(parent, nn.MultiheadAttention):
             raise TypeError(
@@ -74,7 +75,8 @@ class S2FTModel(BaseTuner):
                 f"S2FT cannot adapt {current_key!r}, a {type(innermost(target)).__name__}: it adapts linear layers and "
                 "convolutions. Choose other target_modules, or name this one in exclude_modules."
             )
-        module = kind(target, adapter_name, n_frequency, s2ft_config, current_key)
+        with torch.device("cpu"):  # drawn alike, whatever `torch.set_default_device` says
+            module = kind(target, adapter_name, n_frequency, s2ft_config, current_key)
         if adapter_name not in self.active_adapters:
             module.requires_grad_(False)
         self._replace_module(parent, target_name, module, target)
