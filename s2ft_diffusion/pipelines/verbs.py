@@ -22,6 +22,7 @@ from ..adapters.lora_files import LORA_NAME
 from ..tuner.config import S2FTConfig
 from ..tuner.layer import S2FTLayer
 from ..tuner.model import check_name
+from .activation import give_verbs
 from .attach import (
     activate,
     active_kept,
@@ -118,6 +119,7 @@ def load_s2ft_weights(
     check_fits(adapter, components, label)
     if hotswap and any(adapter_name in layer.merged_adapters for layer in s2ft_layers(self)):
         raise ValueError(f"{adapter_name!r} is fused; call unfuse_s2ft() before another takes its place.")
+    give_verbs(type(self))
     with offloading_paused(self):
         if hotswap:
             swap_adapter(components, adapter, adapter_name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_dreambooth_s2ft as recipe
-from s2ft_diffusion import AdapterFileError, S2FTLayer, read_adapter
+from s2ft_diffusion import AdapterFileError, read_adapter
 from s2ft_diffusion.families import FAMILIES
 from tests.conftest import assert_trained_alike
 from tests.families.pipelines import COMPONENTS, SIDE
@@ -40,16 +40,6 @@ def picture(pipe: diffusers.DiffusionPipeline, side: int) -> torch.Tensor:
     return torch.as_tensor(pipe(prompt="a photo of sks dog", generator=generator, output_type="pt", **options).images)
 
 
-def set_scale(pipe: diffusers.DiffusionPipeline, scale: float) -> None:
-    """By diffusers' own verb, or, on a pipeline that has none because it takes no LoRA (PixArt), layer by layer."""
-    if hasattr(type(pipe), "set_adapters"):
-        pipe.set_adapters("default", scale)
-        return
-    for module in getattr(pipe, FAMILIES[type(pipe).__name__].denoiser).modules():
-        if isinstance(module, S2FTLayer):
-            module.set_scale("default", scale)
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_photos_to_a_file_to_an_image(saved, photos, tmp_path, name) -> None:
     base = saved(name)
@@ -67,9 +57,9 @@ def test_photos_to_a_file_to_an_image(saved, photos, tmp_path, name) -> None:
     pipe.load_s2ft_weights(path, adapter_name="default")
     adapted = picture(pipe, side)
     assert not torch.equal(adapted, before)
-    set_scale(pipe, 0.0)
+    pipe.set_adapters("default", 0.0)
     torch.testing.assert_close(picture(pipe, side), before, rtol=0, atol=1e-5)  # a convolution may take another path
-    set_scale(pipe, 1.0)
+    pipe.set_adapters("default", 1.0)
     assert torch.equal(picture(pipe, side), adapted)
     pipe.fuse_s2ft()
     torch.testing.assert_close(picture(pipe, side), adapted, rtol=0, atol=2e-2)
@@ -81,6 +71,36 @@ def test_photos_to_a_file_to_an_image(saved, photos, tmp_path, name) -> None:
     other = load(saved("StableDiffusionPipeline" if name != "StableDiffusionPipeline" else "StableDiffusionXLPipeline"))
     with pytest.raises(AdapterFileError, match=r"transformer|this model has"):
         other.load_s2ft_weights(path)
+
+
+def test_verbs_of_a_pipeline_that_takes_no_lora(saved, photos, tmp_path) -> None:
+    base = saved("PixArtSigmaPipeline")
+    paths = [train_here(photos, tmp_path / seed, *flags(base, "--seed", seed)) for seed in ("0", "1")]
+    pipe = load(base)
+    before, alone = picture(pipe, 16), []
+    for name, path in zip("ab", paths, strict=True):
+        pipe.load_s2ft_weights(path, adapter_name=name)
+        assert pipe.get_active_adapters() == [name]
+        alone.append(picture(pipe, 16))
+    assert pipe.get_list_adapters() == {"transformer": ["a", "b"]}
+    pipe.set_adapters(["a", "b"], [1.0, 0.0])
+    torch.testing.assert_close(picture(pipe, 16), alone[0], rtol=0, atol=1e-5)
+    pipe.set_adapters("b")
+    assert torch.equal(picture(pipe, 16), alone[1])
+    pipe.disable_lora()
+    assert torch.equal(picture(pipe, 16), before)
+    pipe.enable_lora()
+    assert torch.equal(picture(pipe, 16), alone[1])
+    with pytest.raises(ValueError, match="no adapter named 'c'; the pipeline has"):
+        pipe.set_adapters(["a", "c"])
+    with pytest.raises(ValueError, match="1 weights for the adapters"):
+        pipe.set_adapters(["a", "b"], [1.0])
+    pipe.delete_adapters("b")
+    assert pipe.get_list_adapters() == {"transformer": ["a"]}
+    assert torch.equal(picture(pipe, 16), alone[0])
+    pipe.delete_adapters("a")
+    assert pipe.get_list_adapters() == {}
+    assert torch.equal(picture(pipe, 16), before)
 
 
 @pytest.mark.parametrize(
