@@ -123,7 +123,6 @@ class TrainTab:
             self.status,
             api_name="train",
             concurrency_limit=1,  # the photos of one request at a time are in memory
-            trigger_mode="multiple",
         ).success(polite(self.submitted), self.status, shown, **QUIET).then(
             None, None, None, js=reveal("#training"), **QUIET
         )
