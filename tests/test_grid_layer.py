@@ -315,7 +315,7 @@ def test_mixed_batches(positions) -> None:
     found = layer(x, adapter_names=names)
     for row, name in enumerate(names):
         torch.testing.assert_close(found[row], expected[name][row])
-    with pytest.raises(ValueError, match="2 names for a batch of 5"):
+    with pytest.raises(ValueError, match="the number of inputs, but got 2 and 5 respectively"):
         layer(x, adapter_names=names[:2])
     layer.merge()
     with pytest.raises(ValueError, match="merged"):

@@ -250,9 +250,14 @@ class S2FTLayer(nn.Module, Fusing, BaseTunerLayer):
         self, x: torch.Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         if len(adapter_names) != len(x):
-            raise ValueError(f"adapter_names has {len(adapter_names)} names for a batch of {len(x)}.")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
         if self.merged:
-            raise ValueError("adapter_names cannot be given while adapters are merged; call unmerge_adapter first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         result = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             scale = self.effective_scale(name) if name in self.s2ft_delta else 0.0
