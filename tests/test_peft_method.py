@@ -388,4 +388,10 @@ def test_transformers_own_door(pipe, tmp_path) -> None:
     encoder.delete_adapter("a")
     encoder.load_adapter(str(get_peft_model_folder), adapter_name="b")
     torch.testing.assert_close(encoder(ids).last_hidden_state, expected)
+    encoder.load_adapter(str(get_peft_model_folder), adapter_name="c")
+    layers = [module for module in encoder.modules() if isinstance(module, S2FTLinear)]
+    assert len(layers) == len(attention_targets(encoder))  # each has both adapters
+    torch.testing.assert_close(encoder(ids).last_hidden_state, expected)
+    encoder.delete_adapter("c")
+    encoder.set_adapter("b")
     encoder.delete_adapter("b")

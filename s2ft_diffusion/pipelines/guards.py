@@ -56,7 +56,7 @@ def install_guards() -> None:
         (LoraBaseMixin, "get_active_adapters", _get_active_adapters),
         (lora_base, "_remove_text_encoder_monkey_patch", _unload_from_model),
         (PeftAdapterMixin, "unload_lora", _unload_from_model),
-        (PeftAdapterMixin, "load_lora_adapter", _load_into_model),
+        (PeftAdapterMixin, "load_lora_adapter", _load_lora_into_model),
         (transformers.integrations.peft.PeftAdapterMixin, "load_adapter", _load_into_model),
         (PeftAdapterMixin, "fuse_lora", _on_a_model),
         (PeftAdapterMixin, "unfuse_lora", _on_a_model),
@@ -200,14 +200,22 @@ def _load_into_model(original: Method) -> Method:
     @functools.wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = _names([self])
-        with set_aside([self]):
-            result = original(self, *args, **kwargs)
+        result = original(self, *args, **kwargs)
         mixed = any(isinstance(module, S2FTLayer) for module in self.modules())
         if mixed and (new := [name for name in _names([self]) if name not in before]):
             activate([self], new[-1])
         return result
 
     return load_adapter
+
+
+def _load_lora_into_model(original: Method) -> Method:
+    @functools.wraps(original)
+    def load_lora_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with set_aside([self]):
+            return original(self, *args, **kwargs)
+
+    return _load_into_model(load_lora_adapter)
 
 
 def _names(models: Iterable[nn.Module]) -> list[str]:
