@@ -135,6 +135,7 @@ def test_bad_input(capsys, file, free, tmp_path, monkeypatch, words, message) ->
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_names_under_an_ascii_locale(unet, tmp_path) -> None:
     """In a process of its own: Python decides at its start how to read arguments and how to write."""
     for name, subject in (("Kätz", "Kätzchen"), ("plain", None)):

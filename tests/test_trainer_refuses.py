@@ -53,6 +53,7 @@ def test_refuses_images(photos, tmp_path) -> None:
     assert "9.jpg" in bad(photos, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_what_is_not_ours_is_not_written_over(photos, tmp_path) -> None:
     output = tmp_path / "out"
     output.mkdir()

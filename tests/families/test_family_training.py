@@ -73,6 +73,7 @@ def test_photos_to_a_file_to_an_image(saved, photos, tmp_path, name) -> None:
         other.load_s2ft_weights(path)
 
 
+@pytest.mark.slow
 def test_verbs_of_a_pipeline_that_takes_no_lora(saved, photos, tmp_path) -> None:
     base = saved("PixArtSigmaPipeline")
     paths = [train_here(photos, tmp_path / seed, *flags(base, "--seed", seed)) for seed in ("0", "1")]

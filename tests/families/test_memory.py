@@ -290,6 +290,7 @@ def test_too_small_a_device_stops_the_run(saved, monkeypatch) -> None:
     check_memory(needed, torch.device("cuda"), settings_of(plan))
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_where_it_does_not_fit(tiny_base, photos, tmp_path, monkeypatch) -> None:
     make = recipe.make_accelerator
 
