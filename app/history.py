@@ -67,10 +67,6 @@ class History:
                 return path
         raise RequestError("There is no such image in the history.")
 
-    def open(self, user: str | None, name: str) -> Image.Image:
-        """One of a user's images; raises RequestError for an id that is none."""
-        return load_png(self.find(user, name))
-
     def is_favourite(self, path: Path) -> bool:
         """Whether an image was marked, by an empty file beside it."""
         return path.with_suffix(MARK).exists()

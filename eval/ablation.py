@@ -20,10 +20,11 @@ from .table import markdown, markdown_of_trials
 # Group, then what each variant changes in the default preset or its estimate.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sampling": {
-        title + words: {"sampling": sampling, **options}
-        for title, options in {"": {}, "free, ": {"positions": "free"}}.items()
-        for words, sampling in {"random": "random", "low frequency": "low_frequency", "the largest": "top"}.items()
-        if options or sampling != "top"  # which a dense grid has already
+        "random": {"sampling": "random"},
+        "low frequency": {"sampling": "low_frequency"},
+        "free, random": {"positions": "free", "sampling": "random"},
+        "free, low frequency": {"positions": "free", "sampling": "low_frequency"},
+        "free, the largest": {"positions": "free", "sampling": "top"},  # a dense grid has the largest by default
     },
     # A dense grid draws nothing: gamma is for free positions. 2 is the default's, which "positions: free" has.
     "gamma": {f"gamma {g:g}": {"positions": "free", "gamma": g} for g in (0.5, 1.0, 1.5, 3.0, 5.0)},

@@ -77,11 +77,13 @@ def _yes_no(text: str) -> bool:
 
 def _preset_words() -> str:
     """What the presets choose, for the help."""
-    named = {"yes": True, "no": False, "none": None}
+    shown = [name for name in S2FT_OPTIONS if name != "n_frequency"]  # whose own help says it
+
+    def word(value: Any) -> Any:
+        return ("no", "yes")[value] if isinstance(value, bool) else "none" if value is None else value
 
     def said(options: Mapping[str, Any]) -> str:
-        words = {name: next((w for w, v in named.items() if v is value), value) for name, value in options.items()}
-        return ", ".join(f"{name} {words[name]}" for name in S2FT_OPTIONS if name in words and name != "n_frequency")
+        return ", ".join(f"{name} {word(options[name])}" for name in shown if name in options)
 
     default, paper = said(vars(S2FTConfig())), said(PRESETS["paper"])
     return f"Options that are not given are the preset's. default: {default}. paper: {paper}."

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
+from accelerate.utils.modeling import check_device_same
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -223,7 +224,7 @@ class Family:
     def away(self) -> list[nn.Module]:
         """The models that are not on the device, because training does without them."""
         models = [model for model in self.pipeline.components.values() if isinstance(model, nn.Module)]
-        return [model for model in models if not _same_place(model.device, self.device)]
+        return [model for model in models if not check_device_same(model.device, self.device)]
 
     @property
     def vae(self) -> nn.Module:
@@ -291,8 +292,3 @@ def blank_words(tokens: int, width: int) -> Conditions:
         "encoder_hidden_states": torch.zeros(1, tokens, width),
         "encoder_attention_mask": torch.ones(1, tokens, dtype=torch.int64),
     }
-
-
-def _same_place(one: torch.device, other: torch.device) -> bool:
-    """Whether two devices are one: "cuda", as a single process has it, is where a model on "cuda:0" is."""
-    return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import set_adapter_layers, set_weights_and_activate_adapters
 
-from .attach import active_kept, active_names, adaptable_components, detach_adapters, s2ft_adapters, s2ft_layers
+from .attach import active_kept, active_names, adaptable_components, detach_adapters, s2ft_adapters
 from .offloading import offloading_paused
 
 
@@ -34,22 +35,21 @@ def set_adapters(
         raise ValueError(f"{len(weights)} weights for the adapters {names}.")
     if unknown := sorted(set(names) - set(s2ft_adapters(self))):
         raise ValueError(f"There is no adapter named {unknown[0]!r}; the pipeline has {s2ft_adapters(self)}.")
-    for layer in s2ft_layers(self):
-        layer.set_adapter(names)
-        for name, weight in zip(names, weights, strict=True):
-            layer.set_scale(name, 1.0 if weight is None else weight)
+    weights = [1.0 if weight is None else weight for weight in weights]
+    for model in adaptable_components(self).values():
+        set_weights_and_activate_adapters(model, names, weights)
 
 
 def disable_lora(self: DiffusionPipeline) -> None:
     """Switch all adapters off."""
-    for layer in s2ft_layers(self):
-        layer.enable_adapters(enabled=False)
+    for model in adaptable_components(self).values():
+        set_adapter_layers(model, enabled=False)
 
 
 def enable_lora(self: DiffusionPipeline) -> None:
     """Switch adapters on again."""
-    for layer in s2ft_layers(self):
-        layer.enable_adapters(enabled=True)
+    for model in adaptable_components(self).values():
+        set_adapter_layers(model, enabled=True)
 
 
 def delete_adapters(self: DiffusionPipeline, adapter_names: str | Sequence[str]) -> None:

@@ -178,7 +178,8 @@ def _put_within(outer: BaseTunerLayer, layer: S2FTLayer) -> None:
 def set_aside(models: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block, models have no S2FT layers; after it they are back, innermost.
 
-    For loading LoRAs: diffusers looks for weights by the names that they have under layers of its own alone.
+    For loading LoRAs, since diffusers looks for weights by the names that they have under its own layers alone, and for
+    unloading them, which strips every PEFT layer.
     """
     taken = []
     for model in models:

@@ -26,7 +26,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters.names import module_name
 from ..tuner.layer import S2FTLayer
 from .attach import (
     activate,
@@ -150,31 +149,15 @@ def _unload_from_model(original: Method) -> Method:
 
     @functools.wraps(original)
     def unload_lora(model: nn.Module) -> None:
-        chains, configs = _chains(model), s2ft_configs(model)
+        configs = s2ft_configs(model)
         with active_kept([model]):
-            original(model)
-            for name, layers in chains.items():
-                module = model.get_submodule(name)
-                for layer in layers:
-                    layer.base_layer = module
-                    module = layer
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module)
-            if chains:
+            with set_aside([model]):
+                original(model)
+            if configs:
                 model.peft_config = configs
                 model._hf_peft_config_loaded = True
-                _maybe_remove_and_reapply_group_offloading(model)
 
     return unload_lora
-
-
-def _chains(model: nn.Module) -> dict[str, list[S2FTLayer]]:
-    """The S2FT layers around each linear layer, the innermost first, by the linear layer's name."""
-    chains: dict[str, list[S2FTLayer]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, S2FTLayer) and module.s2ft_delta:
-            chains.setdefault(module_name(name), []).insert(0, module)
-    return chains
 
 
 # What is active ------------------------------------------------------------------------------------------------------

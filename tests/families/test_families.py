@@ -99,9 +99,13 @@ def test_the_denoiser_is_given_what_the_pipeline_gives_it(saved, name) -> None:
         assert_same(theirs[argument], ours[argument], f"{name}: {argument}")
 
 
-def test_a_device_without_an_index_is_the_one_with_its_own(saved) -> None:
-    """A single process has "cuda", and models that are there say "cuda:0"; on a CPU it is the other way round."""
-    base = load_base(plan(saved("StableDiffusionPipeline")), device=torch.device("cpu", 0))
+def test_a_device_without_an_index_is_the_one_with_its_own(saved, monkeypatch) -> None:
+    """A single process has "cuda", and models that are there say "cuda:0"."""
+    base = load_base(plan(saved("StableDiffusionPipeline")), device=torch.device("cuda"))
+    models = [base.pipeline.unet, base.vae, base.pipeline.text_encoder]
+    assert set(base.away()) == set(models)
+    for kind in {type(model) for model in models}:
+        monkeypatch.setattr(kind, "device", property(lambda self: torch.device("cuda", 0)))
     assert base.vae.device != base.device
     assert base.away() == []
 
