@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from app import compare, inspection
-from app.history import History, load_png, settings_of, user_folder
+from app.history import History, load_png, read_settings, settings_of, user_folder
 from app.limits import RequestError
 from s2ft_diffusion.adapters.file import read_adapter
 from s2ft_diffusion.adapters.names import canonical_name
@@ -84,11 +84,11 @@ def test_history_survives_and_is_each_users_own(engine, library, ids, tmp_path) 
     again = History(tmp_path / "history")
     assert [path.stem for path in again.latest(None)] == [second, first]
     assert len(again.latest("ann")) == 1
-    assert settings_of(again.open(None, first)) == settings((ids["cat"], 0.8))
+    assert read_settings(again.find(None, first)) == settings((ids["cat"], 0.8))
     with pytest.raises(RequestError, match="no such image"):
-        again.open("bob", first)
+        again.find("bob", first)
     with pytest.raises(RequestError, match="no such image"):
-        again.open(None, f"../ann/{first}")
+        again.find(None, f"../ann/{first}")
     png = load_png(again.latest(None)[0])
     assert "Seed: 8" in png.info["parameters"]
     plain = Image.new("RGB", (4, 4))
