@@ -74,7 +74,7 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, output_dir: str, tri
     add_subject_arguments(parser)
     add("--seeds", type=int, default=2, help="trainings on every subject that is reported on")
     add("--trials", type=int, default=trials, help="learning rates that every method may try")
-    add("--trial_seeds", type=int, default=1, help="trainings on every development subject for each of them")
+    add("--trial_seeds", type=int, default=1, help="trainings on every development subject at the best of them")
     add(
         "--n_frequency",
         type=amount,

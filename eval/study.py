@@ -71,17 +71,18 @@ def run_study(args: argparse.Namespace, methods: Sequence[Method], beside: str |
     laboratory = Laboratory(protocol, encoders, device)
     references = laboratory.make_references(args.output_dir, subjects if args.seeds else [])
 
-    def trials_of(method: Method, rate: float) -> list[Trial]:
-        return [Trial(args.output_dir, method, rate, s, n) for n in range(args.trial_seeds) for s in development]
+    def trials_of(method: Method, rate: float, seed: int = 0) -> list[Trial]:
+        return [Trial(args.output_dir, method, rate, subject, seed) for subject in development]
 
     losses, failed = _try_rates(laboratory, trials_of, methods, args.trials)
     rates = {name: best_rate(tried) for name, tried in losses.items()}
     kinds = [(method, rates[method.name]) for method in methods]
+    chosen = [trial for n in range(args.trial_seeds) for kind in kinds for trial in trials_of(*kind, n)]
+    failed += laboratory.make_all([trial for trial in chosen if trial.seed])
     cells = [Cell(args.output_dir, m, rate, s, n) for n in range(args.seeds) for s in subjects for m, rate in kinds]
     failed += laboratory.make_all(cells)
     if not first:
         return None
-    chosen = [trial for method, rate in kinds for trial in trials_of(method, rate)]
     report = {
         "command": shlex.join(["python", "-m", "eval", *sys.argv[1:]]),
         "protocol": asdict(laboratory.protocol), "development": [s.name for s in development],

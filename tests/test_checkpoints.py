@@ -125,6 +125,7 @@ def test_a_checkpoint_that_goes_is_never_half_there(photos, tmp_path, monkeypatc
     assert [path.name for path in output.glob(".checkpoint-*")] == []
 
 
+@pytest.mark.slow
 def test_a_step_is_sampled_before_its_checkpoint(photos, tmp_path, monkeypatch) -> None:
     """Else a run that is killed between the two never has the sample."""
     sample, save = tmp_path / "out" / "validation" / "step-000002-0.png", recipe.Checkpoints.save
@@ -141,7 +142,10 @@ def test_a_step_is_sampled_before_its_checkpoint(photos, tmp_path, monkeypatch) 
     assert there == [True]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), pytest.param(RuntimeError("file write failed"), marks=pytest.mark.slow)],
+)
 def test_a_full_disk_keeps_what_was_complete(photos, tmp_path, monkeypatch, error) -> None:
     output, flags = tmp_path / "out", ("--max_train_steps", "4", "--checkpointing_steps", "2")
     save = recipe.Accelerator.save_state

@@ -41,6 +41,7 @@ def test_dino_tells_individuals_of_one_class_apart(encoders) -> None:
     assert (same > other).mean() + 0.5 * (same == other).mean() >= 0.95
 
 
+@pytest.mark.slow
 def test_clip_finds_the_caption_of_a_picture(encoders) -> None:
     """Among 100 captions of different scenes, that of the picture, ten times over; scenes it was not trained on."""
     right = 0
@@ -54,6 +55,7 @@ def test_clip_finds_the_caption_of_a_picture(encoders) -> None:
     assert right >= 900
 
 
+@pytest.mark.slow
 def test_lpips_grows_with_every_distortion(encoders) -> None:
     """More of a distortion is further away, and another picture of the subject further than a little noise."""
     photos = [photo for subject in SUBJECTS.values() for photo in subject.photos()[:2]]

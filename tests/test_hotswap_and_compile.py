@@ -108,6 +108,7 @@ def test_what_cannot_be_swapped_changes_nothing(pipe, folder, tmp_path) -> None:
         pipe.load_s2ft_weights(path, adapter_name="silent", hotswap=True)
 
 
+@pytest.mark.slow
 def test_hotswap_compiles_nothing_again(pipe, folder, tmp_path) -> None:
     path, expected = folder
     other, wanted = second(pipe, tmp_path)

@@ -35,7 +35,7 @@ def bad(photos: Path, output: Path, *more: str) -> str:
 
 
 def test_bad_input_is_one_line_and_exit_code_two(photos, tmp_path) -> None:
-    for folder, *flags in ((tmp_path / "nothing",), (tmp_path,), (photos, "--no_such_flag")):
+    for folder, *flags in ((tmp_path / "nothing",), (photos, "--no_such_flag")):
         training = Training(arguments(folder, tmp_path / "out", *flags), tmp_path / "log")
         assert training.wait() == 2
         assert training.said.splitlines()[-1].startswith("train_dreambooth_s2ft.py: error: ")
@@ -46,6 +46,7 @@ def test_bad_input_is_one_line_and_exit_code_two(photos, tmp_path) -> None:
 def test_refuses_images(photos, tmp_path) -> None:
     classes = tmp_path / "classes"
     classes.mkdir()
+    assert "there are no images in it" in bad(classes, tmp_path / "out")
     (classes / "notes.txt").write_text("not an image")
     more = ("--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt", "a dog")
     assert "notes.txt" in bad(photos, tmp_path / "out", *more)

@@ -177,9 +177,14 @@ def load_base(
     the autoencoder is in float32, as diffusers' scripts have it: activations of some overflow.
     """
     pipeline = load_pipeline(
-        plan.location, plan.family, dtype, plan.options, quantize=quantize, device=device or torch.device("cpu")
+        plan.location,
+        plan.family,
+        dtype,
+        plan.options,
+        vae_dtype=vae_dtype(dtype),
+        quantize=quantize,
+        device=device or torch.device("cpu"),
     )
-    pipeline.vae.to(vae_dtype(dtype))
     for model in pipeline.components.values():
         if isinstance(model, nn.Module):
             model.requires_grad_(False).eval()

@@ -8,10 +8,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from packaging.version import Version
 
 from ..errors import InputError
 from .family import Family
 from .quantization import Quantization, check_quantization, quantize_model
+
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"  # what diffusers calls it
 
 
 def load_pipeline(
@@ -20,11 +23,13 @@ def load_pipeline(
     dtype: torch.dtype,
     options: Mapping[str, str] | None = None,
     *,
+    vae_dtype: torch.dtype | None = None,
     quantize: Quantization | None = None,
     device: torch.device | str = "cpu",
     **components: Any,
 ) -> DiffusionPipeline:
-    """A base's pipeline in host memory, all its models in a type; `components` take the place of its own.
+    """A base's pipeline in host memory, its models in `dtype` but for the autoencoder, if that has a type of its own;
+    `components` take the place of the base's.
 
     With `quantize`, the linear layers of the denoiser and of the text encoders are packed, on `device`, one model after
     the other: the device never has more than one packed model and one layer that is not. Raises InputError for a base
@@ -33,10 +38,9 @@ def load_pipeline(
     if quantize is not None:
         check_quantization(quantize)
     kind = getattr(diffusers, family.pipeline_class)
+    dtypes = {DTYPE: {"default": dtype, "vae": vae_dtype or dtype}}
     try:
-        pipeline = kind.from_pretrained(
-            location, torch_dtype=dtype, **family.load_options, **(options or {}), **components
-        )
+        pipeline = kind.from_pretrained(location, **dtypes, **family.load_options, **(options or {}), **components)
     except (OSError, ValueError) as error:
         raise InputError(f"The base model {location!r} cannot be loaded: {str(error).strip()}") from None
     if quantize is not None:

@@ -218,6 +218,7 @@ def test_the_estimate_beside_tensors_that_are_there(saved, kind) -> None:
     assert expected.passes == pytest.approx(tracker.peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_share_of_the_weights(saved) -> None:
     """In bfloat16: a process's share of all, what is in no block, and three blocks or what is in none once more."""
     plan = base_of(saved, "Flux2KleinPipeline", 64)
@@ -242,6 +243,7 @@ def test_what_is_shared_of_a_unet() -> None:
     assert 0.45 * every < saved < 0.75 * every
 
 
+@pytest.mark.slow
 def test_checkpointing_packing_and_offloading_take_less(saved) -> None:
     plan = base_of(saved, "Flux2KleinPipeline", 64)
     plain, checkpointed, packed, away = (
@@ -310,6 +312,7 @@ def test_nothing_is_loaded_where_it_does_not_fit(tiny_base, photos, tmp_path, mo
         train_here(photos, tmp_path / "out", *flags(tiny_base, "--skip_memory_check"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_trains_nothing(tiny_base, photos, tmp_path, monkeypatch, caplog) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(recipe, "load_base", lambda *args: pytest.fail("loaded"))

@@ -48,7 +48,8 @@ def placed(base) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["FluxPipeline", pytest.param("StableDiffusionPipeline", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionPipeline"])
 def test_two_processes_that_share_the_base_equal_one(saved, photos, tmp_path, name) -> None:
     more = placed(saved(name))
     train(arguments(photos, tmp_path / "one", *more, "--train_batch_size", "2"), tmp_path / "log")

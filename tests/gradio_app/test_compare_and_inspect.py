@@ -16,6 +16,7 @@ from s2ft_diffusion.adapters.names import canonical_name
 from tests.gradio_app.conftest import settings
 
 
+@pytest.mark.slow
 def test_sheet_holds_each_variant_at_each_seed(engine, library, ids) -> None:
     wish = settings((ids["cat"], 1.0), (ids["dog"], 1.0), images=2, steps=2)
     columns = compare.variants(wish, library, [0.5, 1.0])

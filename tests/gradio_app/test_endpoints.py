@@ -93,7 +93,8 @@ def generated(engine: Engine, settings: Settings, library) -> Image.Image:
     return engine.threads.submit(engine.generate, settings, library).result()[0]
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [8, 40])
 def test_mixed_requests_of_eight_clients_equal_those_made_alone(served, named, app, count) -> None:
     rng = random.Random(1)
     cat, dog, both = named["cat"], named["dog"], named["both"]
@@ -150,6 +151,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", LONG)
 def test_closing_the_page_frees_the_pipelines(served, app, named, endpoint) -> None:
     for _ in range(3):  # more than there are pipelines
@@ -330,6 +332,7 @@ def test_the_line_under_prompts_one_a_line() -> None:
     assert said(" ", True) == "0 of 3 tokens"
 
 
+@pytest.mark.slow
 def test_compare_grid(client, named) -> None:
     wish = {"prompts": "a red dog\na blue cat", "strengths": "1", "seeds": 2, **QUICK}
     sheet, status = client.predict(
@@ -398,6 +401,7 @@ def test_train(client, photos, monkeypatch) -> None:
         client.predict("../x", api_name="/training_status")
 
 
+@pytest.mark.slow
 def test_users_and_their_images(adapters, tmp_path) -> None:
     from app.arguments import parse_arguments
     from app.server import close, launch

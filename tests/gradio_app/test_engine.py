@@ -55,6 +55,7 @@ def test_each_image_is_its_seeds_own(engine, library, ids) -> None:
         assert same(engine.generate(again, library)[0], image)
 
 
+@pytest.mark.slow
 def test_requests_at_once_do_not_share_how_prompts_are_padded() -> None:
     """A tokenizer's padding is its state: with one for two pipelines, a tenth of these came out shorter."""
     two = Engine("toybox", pipelines=2)
@@ -77,6 +78,7 @@ def test_schedulers(engine, library, scheduler) -> None:
     assert len(set(image.getdata())) > 50
 
 
+@pytest.mark.slow
 def test_few_adapters_stay_loaded(library, ids, monkeypatch) -> None:
     monkeypatch.setattr("app.engine.KEPT_ADAPTERS", 1)
     small = Engine("toybox")

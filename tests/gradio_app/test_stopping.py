@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stops_when_told_to(tmp_path, number) -> None:
     """Also where whoever started it ignores Ctrl-C, as a shell does for what runs in its background."""
     process = subprocess.Popen(
