@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from s2ft_diffusion.adapters.file import read_adapter, write_adapter
@@ -48,6 +49,7 @@ print([str(w.message) for w in caught if "s2ft_diffusion" in str(w.message)], re
 """
 
 
+@pytest.mark.slow
 def test_reading_beside_a_peft_that_does_not_fit(tmp_path) -> None:
     """Someone else's environment may have another release of PEFT: files are read all the same."""
     write_adapter(tmp_path / "a", make_adapter())

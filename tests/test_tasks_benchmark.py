@@ -69,7 +69,14 @@ def test_eight_bits() -> None:
     assert not back["d"].any()
 
 
-@pytest.mark.parametrize(("task", "method"), [*(("ratings", m) for m in runs.METHODS), ("sources", "s2ft default")])
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("ratings", "s2ft default"),
+        *(pytest.param("ratings", m, marks=pytest.mark.slow) for m in runs.METHODS if m != "s2ft default"),
+        pytest.param("sources", "s2ft default", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_learns(packed, models, task, method) -> None:
     prepared = training.load_task(task, packed, models, torch.device("cpu"), epochs=4.0)
     prepared.head_rate = 1e-2

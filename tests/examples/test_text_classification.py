@@ -59,7 +59,7 @@ def test_the_reported_measure_is_the_saved_adapters(bert, reviews, tmp_path) -> 
     assert facts["metrics"]["test_pearson"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["s2ft", "lora", "fourierft"])
+@pytest.mark.parametrize("method", ["s2ft", *(pytest.param(m, marks=pytest.mark.slow) for m in ("lora", "fourierft"))])
 def test_resumed_run_ends_where_a_whole_one_does(bert, reviews, tmp_path, method) -> None:
     def adapter(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(folder / "adapter_model.safetensors")

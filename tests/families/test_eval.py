@@ -14,9 +14,12 @@ from tests.families.pipelines import COMPONENTS, SIDE
 
 PROMPT = "a photo of sks dog"
 LORA = next(method for method in METHODS if method.kind == "lora")
+FIRST = "StableDiffusion3Pipeline"
 
 
-@pytest.mark.parametrize("name", list(COMPONENTS))
+@pytest.mark.parametrize(
+    "name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in COMPONENTS if name != FIRST)]
+)
 def test_a_cell(saved, photos, tmp_path, name) -> None:
     side = SIDE.get(name, 16)
     run = Run(str(saved(name)), photos, PROMPT, 0, 0.2, "blocks", steps=1, batch=2, resolution=side)

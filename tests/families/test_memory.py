@@ -181,6 +181,7 @@ def blank_step(plan, compute: ComputeSettings, dtype: torch.dtype = torch.bfloat
     return step_memory(plan.family, plan.base_configs, models, adapt, plan.latent_shape, 1, dtype, compute)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_a_step_by_hand(tiny_base) -> None:
     plan = plan_base(BaseSettings(str(tiny_base)), AdapterSettings(targets="qv", options={"n_frequency": 100}), 16, 0)
     found = blank_step(plan, ComputeSettings())
@@ -262,6 +263,7 @@ def settings_of(plan, **compute) -> Settings:
     )
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_needs(saved) -> None:
     plan = base_of(saved, "Flux2KleinPipeline", 16)
     needed = run_memory(plan, settings_of(plan), torch.bfloat16)
