@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
-def few_draws(monkeypatch) -> None:
-    two_evaluations.few_draws(monkeypatch.setattr)
+def small(monkeypatch) -> None:
+    two_evaluations.small(monkeypatch.setattr)
 
 
 def test_every_variant_of_the_ablation_is_one_of_its_own() -> None:
@@ -44,7 +44,8 @@ def test_ablation_reports(tmp_path) -> None:
 def test_ablation_by_unseen_pictures_alone(tmp_path) -> None:
     options = [
         "ablation", "--groups", "coefficients", "--development", "perk", "trek", "--trials", "2", "--trial_seeds", "2",
-        "--seeds", "0", "--steps", "2", "--batch", "1", "--device", "cpu", "--output_dir", str(tmp_path),
+        "--seeds", "0", "--steps", "2", "--batch", "1", "--targets", "qv", "--device", "cpu", "--output_dir",
+        str(tmp_path),
     ]  # fmt: skip
     assert main(options) == 0
     report = json.loads((tmp_path / "ablation.json").read_text())

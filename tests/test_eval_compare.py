@@ -59,14 +59,15 @@ def arguments(folder: Path, *more: str) -> list[str]:
     return [
         "compare", "--output_dir", str(folder), "--device", "cpu", "--methods", "lora", "s2ft-default",
         "--development", "perk", "--subjects", "mittens", "--trials", "1", "--seeds", "1", "--steps", "2",
-        "--batch", "1", "--images_per_prompt", "2", "--drift_images", "1", "--sampling_steps", "1", *more,
+        "--batch", "1", "--images_per_prompt", "2", "--drift_images", "1", "--sampling_steps", "1",
+        "--targets", "qv", *more,
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_draws() -> Iterator[None]:
+def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        two_evaluations.few_draws(patch.setattr)
+        two_evaluations.small(patch.setattr)
         yield
 
 
@@ -107,7 +108,7 @@ def test_compare_writes_what_it_promises(compared) -> None:
             assert min(image.size) > 200
     kept = compared / "cells" / "s2ft-default"
     assert len(list(kept.rglob("weights.safetensors"))) == 1
-    assert len(list(kept.rglob("*.png"))) == 14 * 2 + 8
+    assert len(list(kept.rglob("*.png"))) == 4 * 2 + 2
     for method, tried in found["trials"].items():
         (trial,) = (compared / "trials" / method).rglob("cell.json")
         assert list(tried.values()) == [json.loads(trial.read_text())["held_out_loss"]]
@@ -177,7 +178,7 @@ def test_two_processes_make_the_cells_of_one(tmp_path) -> None:
     for one, two in zip(*scores, strict=True):
         assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
     made = [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
-    assert sum(made) == 4 * (14 * 2 + 8)  # two bases, two trainings
+    assert sum(made) == 4 * (4 * 2 + 2)  # two bases, two trainings
     assert min(made) > 0
 
 

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from eval import cells, generation
+from eval import cells, generation, prompts
 from eval.__main__ import main
 
 
-def few_draws(setattr: Callable[[str, object], None]) -> None:
-    """A prior and a loss on unseen pictures of as few draws as can be, by pytest's `monkeypatch.setattr`."""
+def small(setattr: Callable[[str, object], None]) -> None:
+    """A comparison of few draws and prompts, by pytest's `monkeypatch.setattr`."""
     setattr("eval.training.HELD_OUT_DRAWS", 8)
     setattr("s2ft_diffusion.dreambooth.batches.FULL_DRAWS", (1, 1))
+    setattr("eval.protocol.toybox_templates", lambda: prompts.toybox_templates()[:4])
+    setattr("eval.cells.drift_prompts", lambda class_name: prompts.drift_prompts(class_name)[:2])
 
 
 def count_images(folder: Path, argv: list[str]) -> int:
@@ -35,5 +37,5 @@ def count_images(folder: Path, argv: list[str]) -> int:
 if __name__ == "__main__":
     import pytest
 
-    few_draws(pytest.MonkeyPatch().setattr)
+    small(pytest.MonkeyPatch().setattr)
     sys.exit(count_images(Path(sys.argv[1]), sys.argv[2:]))
