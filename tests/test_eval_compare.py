@@ -53,6 +53,9 @@ def test_quick_leaves_what_one_says() -> None:
     args = parser.parse_args(["--quick", "--subjects", "dash", "--seeds", "3"])
     args = made_quick(args, compare.add_arguments, compare.QUICK)
     assert (args.subjects, args.seeds, args.steps) == (["dash"], 3, 60)
+    assert "lora" in args.methods
+    args = made_quick(parser.parse_args(["--methods", "full"]), compare.add_arguments, compare.QUICK)
+    assert args.methods == ["full"]
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
