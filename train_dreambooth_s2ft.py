@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     photo_paths = check_images(settings)
     flags = {**settings.flags, "images": fingerprints(photo_paths)}
     resume_path = prepare_output_dir(settings.output_dir, settings.checkpoints, flags)
-    plan = plan_base(settings.base, settings.adapter, settings.photos.resolution, settings.seed, settings.loss)
+    lora, resolution = settings.lora_rank is not None, settings.photos.resolution
+    plan = plan_base(settings.base, settings.adapter, resolution, settings.seed, settings.loss, lora=lora)
     captions = read_captions(photo_paths, settings.photos.prompt)
     check_prompts(settings, captions)
     accelerator = make_accelerator(settings)

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("out", help="the LoRA file to write; for peft, the folder")
     add.add_argument("--to", default="lora", choices=("lora", "peft", "kohya", "comfyui"), help="default: lora")
     _add_precision(add, "float16", ("float32", "float16", "bfloat16"))
-    _add_rank(add)
+    _add_rank(add, "LoRA of each S2FT adapter")
     add.add_argument("--base", help=f"{BASE}; needed for LoRA files in kohya's names")
 
     extract = commands.add_parser("extract", help="a LoRA file as an S2FT adapter on a grid")
@@ -96,8 +96,8 @@ def _add_precision(
     command.add_argument("--dtype", default=default, choices=choices, help=f"of the numbers; default: {default}")
 
 
-def _add_rank(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--rank", type=int, help="rank of the LoRA; on a grid it is exact without")
+def _add_rank(command: argparse.ArgumentParser, what: str = "LoRA") -> None:
+    command.add_argument("--rank", type=int, help=f"rank of the {what}; on a grid it is exact without")
     command.add_argument(
         "--error", type=float, help="the largest relative error of a layer; the smallest rank within it is taken"
     )

@@ -20,14 +20,6 @@ from .reading import COMPONENTS, AdapterFileError, unreadable
 Delta = Callable[[], torch.Tensor]  # makes a layer's weight change (d, k), float32
 
 
-def weight_files(base: Path, component: str) -> list[Path]:
-    """A component's safetensors files, of every variant. Raises AdapterFileError where it has none."""
-    files = sorted((base / component).glob("*.safetensors"))
-    if not files:
-        raise AdapterFileError(f"{base}: there are no safetensors files of its {component}.")
-    return files
-
-
 def base_folder(base: str | os.PathLike) -> Path:
     """The folder of a base in diffusers' layout, or of an embedded one. Raises AdapterFileError for no such."""
     from ..toybox import resolve
@@ -46,13 +38,14 @@ def base_folder(base: str | os.PathLike) -> Path:
 
 
 def weight_shapes(base: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of the weights (out, in / groups, *kernel) of a base, by component and layer, from headers alone."""
+    """The shapes of the weights (out, in / groups, *kernel) of a base, by component and layer, from headers alone.
+
+    Components that are not in safetensors files are left out.
+    """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
     for component in COMPONENTS:
-        if not (base / component).is_dir():
-            continue
-        shapes = found[component] = {}
-        for path in weight_files(base, component):
+        for path in sorted((base / component).glob("*.safetensors")):  # of every variant
+            shapes = found.setdefault(component, {})
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118
@@ -87,7 +80,7 @@ def merge_into(base: Path, changes: Mapping[str, Mapping[str, Delta]], out: Path
     check_copy(base, out)
     shapes = weight_shapes(base)
     wanted = {c: _stored(base, c, layers, shapes.get(c, {})) for c, layers in changes.items()}
-    files = [path for path in sorted(base.rglob("*")) if path.is_file()]
+    files = _files(base)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -106,6 +99,16 @@ def merge_into(base: Path, changes: Mapping[str, Mapping[str, Delta]], out: Path
         os.replace(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder and of those in it, through links too, but for links to a folder that they lie in."""
+    found = []
+    for place, inside, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        inside[:] = [name for name in inside if not lies_in(here, here / name)]
+        found += [here / name for name in names if (here / name).is_file()]
+    return sorted(found)
 
 
 def _stored(
@@ -133,7 +136,10 @@ def _merge_file(path: Path, changes: Mapping[str, Delta], target: Path) -> None:
         tensors[key] = (weight.float() + delta.view(weight.shape)).to(weight.dtype)
         if not torch.isfinite(tensors[key].float()).all():
             raise AdapterFileError(f"{path}: {key} would have entries that are not finite.")
-    save_file(tensors, target, metadata)
+    try:
+        save_file(tensors, target, metadata)
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(f"{target}: cannot be written ({error}).") from None
     shutil.copymode(path, target)
 
 

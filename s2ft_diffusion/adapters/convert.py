@@ -134,7 +134,8 @@ def _check_out(out: Source, to: str, sources: Sequence[Source], base: Source | N
     folders = [path, *(path / component for component in COMPONENTS)]
     written = [f / name for f in folders for name in PEFT_NAMES] if to == "peft" else [path]
     for source in sources:
-        read = [source, *(Path(source) / name for name in (WEIGHTS_NAME, *PEFT_NAMES))]
+        names = (WEIGHTS_NAME, lora_files.LORA_NAME, *PEFT_NAMES)
+        read = [source, *(Path(source) / part / name for part in ("", *COMPONENTS) for name in names)]
         if any(same_place(one, other) for one in read for other in (path, *written)):
             raise ValueError(f"{out} would be written over {source}: give another place.")
     if base is not None and lies_in(path, base_folder(base)):
@@ -183,6 +184,8 @@ def find_kernels(adapter: Adapter, base: Shapes | None = None) -> dict[str, dict
                 kernel = _stored_shape(base, component, name)[2:]
             elif component == "unet":
                 kernel = tool_names.kernel_size(name, shape, context)
+            elif name.rpartition(".")[2].startswith("conv"):
+                kernel = None
             if kernel is None:
                 raise ValueError(
                     f"{component}.{name} may be a linear layer or a convolution, which this file doesn't say: "
@@ -210,14 +213,17 @@ def read_as_lora(
     error: float | None = None,
     base: Source | None = None,
     progress: Progress = silent,
-) -> Lora:
-    """An S2FT adapter or a LoRA file as a LoRA. Raises AdapterFileError and ValueError as `convert` does."""
+) -> tuple[Lora, Errors]:
+    """An S2FT adapter or a LoRA file as a LoRA, and how far that is from it, a LoRA file's not at all.
+
+    Raises AdapterFileError and ValueError as `convert` does.
+    """
     shapes = weight_shapes(base_folder(base)) if base else None
     if not is_s2ft(source):
-        return lora_files.read_lora(source, shapes)
+        return lora_files.read_lora(source, shapes), Errors()
     adapter = read(source, base)
     try:
-        return to_lora(adapter, rank=rank, error=error, kernels=find_kernels(adapter, shapes), progress=progress)[0]
+        return to_lora(adapter, rank=rank, error=error, kernels=find_kernels(adapter, shapes), progress=progress)
     except ValueError as problem:
         raise type(problem)(f"{source}: {problem}") from None
 
@@ -277,7 +283,8 @@ def add(
 ) -> Converted:
     """Write the weighted sum of adapters (S2FT or LoRA) of one base as one LoRA: exactly, by concatenation.
 
-    `rank` or `error` are needed for adapters at free positions. Raises AdapterFileError and ValueError as `convert`
+    `rank` or `error`, of each S2FT adapter's part, are needed for adapters at free positions; the errors are then those
+    of the parts, added up, and what rounding adds. Raises AdapterFileError and ValueError as `convert`
     does, and ValueError for adapters of different bases.
     """
     if dtype not in LORA_DTYPES:
@@ -288,12 +295,15 @@ def add(
         (read_as_lora(source, rank=rank, error=error, base=base, progress=progress), weight)
         for source, weight in adapters
     ]
-    total = add_loras(parts)
+    total = add_loras([(lora, weight) for (lora, _), weight in parts])
     errors = Errors()
     for component, layers in total.layers.items():
         for name, layer in layers.items():
             layers[name] = stored = layer.balanced().to(getattr(torch, dtype))
-            errors.layers[component, name] = (difference(layer, stored), layer.norm())
+            place = component, name
+            lost = sum(abs(weight) * found.layers[place][0] for (_, found), weight in parts if place in found.layers)
+            # What the nearest changes of a rank lack is at right angles to them.
+            errors.layers[place] = (lost + difference(layer, stored), math.hypot(layer.norm(), lost))
     written = write_lora(out, total, to, title=total.info.subject)
     return Converted(written, total.ranks, errors, errors.total)
 

@@ -19,8 +19,9 @@ from ..tuner.rearrange import Rearrangement
 from ..tuner.seeding import seeded
 from .base_files import stored_name
 from .lora import Errors, Lora, LoraLayer, Progress, silent
-from .lora_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, Shapes, component_of
+from .lora_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, Shapes
 from .reading import Adapter, AdapterFileError, AdapterInfo
+from .tool_names import component_of
 from .weights import FreeWeights, GridWeights
 
 
@@ -50,7 +51,8 @@ def extract_adapter(
         change = layer.norm()
         reached = min(change, found.change_norm(found.coefficients) * abs(config.scaling))
         errors.layers[component, name] = ((change**2 - reached**2) ** 0.5, change)
-    return Adapter(dict.fromkeys(layers, config), layers, lora.info), errors
+    kernels = {c: {n: layer.kernel for n, layer in x.items() if layer.kernel} for c, x in lora.layers.items()}
+    return Adapter(dict.fromkeys(layers, config), layers, lora.info, kernels), errors
 
 
 def _extract_layer(layer: LoraLayer, config: S2FTConfig, name: str) -> GridWeights:

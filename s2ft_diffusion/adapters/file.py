@@ -42,6 +42,7 @@ from .reading import (
     read_header,
     read_stored,
 )
+from .tool_names import component_of
 from .weights import AdapterFileError, FreeWeights, GridWeights, LayerWeights, weights_from_state
 
 __all__ = [
@@ -179,13 +180,14 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
 
 
 def adapter_from_peft(
-    state_dict: Mapping[str, torch.Tensor], config: S2FTConfig, component: str, source: str = "state dict"
+    state_dict: Mapping[str, torch.Tensor], config: S2FTConfig, component: str | None, source: str = "state dict"
 ) -> Adapter:
     """An adapter from PEFT's keys (`get_peft_model_state_dict`, `save_pretrained`), checked like a file.
 
-    Keys may start with a component's name ("unet."); those that don't belong to `component`.
+    Keys may start with a component's name ("unet."); those that don't belong to `component`, by default to the one
+    that has layers of such names.
     """
-    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    parts: dict[tuple[str | None, str], dict[str, torch.Tensor]] = {}
     for key, tensor in state_dict.items():
         path, marker, tensor_name = key.removeprefix("base_model.model.").rpartition(".s2ft_delta.")
         if not marker:
@@ -196,7 +198,9 @@ def adapter_from_peft(
     if not parts:
         raise AdapterFileError(f"{source}: there are no S2FT weights in it.")
     layers: dict[str, dict[str, LayerWeights]] = {}
+    usual = component_of(name for _, name in parts)
     for (owner, name), tensors in parts.items():
+        owner = owner or usual
         try:
             layer = weights_from_state(tensors, config.norm)
         except AdapterFileError as error:

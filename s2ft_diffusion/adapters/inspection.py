@@ -64,7 +64,10 @@ def verify(source: Source, base: Source) -> list[str]:
     if is_s2ft(source):
         found = layer_shapes(read(source, base))
     else:
-        lora = lora_files.read_lora(source, shapes)
+        try:
+            lora = lora_files.read_lora(source, shapes)
+        except lora_files.NoSuchLayer as problem:
+            return [str(problem)]
         found = {c: {n: layer.shape for n, layer in layers.items()} for c, layers in lora.layers.items()}
     return misfits(found, shapes, pipeline_class(folder))
 
@@ -76,7 +79,9 @@ def misfits(
     problems = []
     for component, layers in adapter.items():
         if component not in base:
-            problems.append(f"the base{f', a {pipeline},' if pipeline else ''} has no {component}.")
+            problems.append(
+                f"the base{f', a {pipeline},' if pipeline else ''} has no {component} in safetensors files."
+            )
             continue
         for name, (d, k) in layers.items():
             stored = stored_name(name, base[component])

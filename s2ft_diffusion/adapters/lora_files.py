@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -11,11 +12,11 @@ from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ..text import printable
@@ -25,9 +26,13 @@ from .names import CLIP_WRAPPER, canonical_name
 from .reading import COMPONENTS, AdapterFileError, AdapterInfo, unreadable
 from .tool_names import Tool
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
+DEPTHWISE = "a depthwise convolution, for which LoRA files have no form; merge it into the base"
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # a base's weights, by component and layer
 
@@ -35,7 +40,7 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # a base's weights, by com
 def state_dict(lora: Lora, tool: Tool) -> dict[str, torch.Tensor]:
     """A LoRA's tensors in a tool's names; kohya's and ComfyUI's U-Nets have an `alpha` equal to the rank besides.
 
-    Raises ValueError for a layer that the tool has no name for.
+    Raises ValueError for a layer that the tool has no name for, and for a depthwise convolution.
     """
     tensors: dict[str, torch.Tensor] = {}
     sdxl = tool_names.is_sdxl(_shapes(lora))
@@ -46,10 +51,14 @@ def state_dict(lora: Lora, tool: Tool) -> dict[str, torch.Tensor]:
                 key = tool_names.key(tool, component, name, sdxl=sdxl)
             except ValueError as error:
                 raise ValueError(f"{component}.{name}: {error}.") from None
+            if math.prod(layer.kernel) > 1 and layer.down.shape[1] == math.prod(layer.kernel):
+                raise ValueError(f"{component}.{name}: {DEPTHWISE}.")
+            if key + down_end in tensors:
+                raise ValueError(f"{component}.{name} is there under two names.")
             tensors[key + down_end] = _spread(layer.down, layer.kernel)
             tensors[key + up_end] = _spread(layer.up, (1,) * len(layer.kernel))
             if down_end == ".lora_down.weight":
-                tensors[key + ".alpha"] = torch.tensor(float(layer.rank), dtype=layer.down.dtype)
+                tensors[key + ".alpha"] = torch.tensor(float(layer.rank))  # half precision has not every rank
     return tensors
 
 
@@ -110,7 +119,7 @@ def _write_peft(folder: Path, lora: Lora) -> int:
     for component, layers in lora.layers.items():
         place = folder / component if len(lora.layers) > 1 else folder
         place.mkdir(parents=True, exist_ok=True)
-        layers = {_installed_name(component, name): layer for name, layer in layers.items()}
+        layers = {_installed_name(lora, component, name): layer for name, layer in layers.items()}
         one = Lora({component: layers})
         written += write_tensors(place / PEFT_WEIGHTS_NAME, state_dict(one, "peft"), {"format": "pt"})
         text = json.dumps(peft_config(layers, lora.info.base_model), indent=2, sort_keys=True)
@@ -118,12 +127,15 @@ def _write_peft(folder: Path, lora: Lora) -> int:
     return written
 
 
-def _installed_name(component: str, name: str) -> str:
+def _installed_name(lora: Lora, component: str, name: str) -> str:
     """A layer's name in the installed transformers' model, which PEFT looks for.
 
-    `CLIPTextModel` has no inner `text_model` from 5.6 on; `CLIPTextModelWithProjection`, the second encoder, still has.
+    `CLIPTextModel` has no inner `text_model` from 5.6 on. `CLIPTextModelWithProjection` still has: that is the second
+    encoder, and of Stable Diffusion 3, a transformer beside two of CLIP's, the first one too.
     """
-    unwrapped = component == "text_encoder" and Version(version("transformers")) >= Version("5.6")
+    second = lora.layers.get("text_encoder_2", {})
+    projected = "transformer" in lora.layers and any(layer.startswith(CLIP_WRAPPER) for layer in second)
+    unwrapped = component == "text_encoder" and not projected and Version(version("transformers")) >= Version("5.6")
     return name.removeprefix(CLIP_WRAPPER) if unwrapped else name
 
 
@@ -236,7 +248,8 @@ def read_lora(path: str | os.PathLike, base: Shapes | None = None) -> Lora:
     """Read a LoRA in diffusers', PEFT's (a folder), kohya's or ComfyUI's names.
 
     `base` is the shapes of a base's weights (`weight_shapes`): kohya's names cannot be told apart without them.
-    Raises AdapterFileError for what is no LoRA, or not wholly understood.
+    Raises AdapterFileError for what is no LoRA, or not wholly understood, and of it NoSuchLayer for names in kohya's
+    way that the base has no layers for.
     """
     path = Path(path)
     if not path.exists():
@@ -245,6 +258,8 @@ def read_lora(path: str | os.PathLike, base: Shapes | None = None) -> Lora:
         return _read_peft(path)
     try:
         tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            configs = _stored_configs(path, file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from None
     parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -258,15 +273,51 @@ def read_lora(path: str | os.PathLike, base: Shapes | None = None) -> Lora:
     lora = Lora({})
     for key, part in parts.items():
         component, _, name = key.partition(".")
-        if component not in COMPONENTS:
-            if key not in known:
-                hint = (
-                    "give the base model to read kohya's names" if base is None else "the base model has no such layer"
-                )
-                raise AdapterFileError(f"{path}: {key!r}: {hint}.")
-            component, name = known[key]
-        lora.layers.setdefault(component, {})[name] = _layer(path, key, part)
+        if component in COMPONENTS:
+            scale = _scale(configs[component], name, part) if component in configs else 1.0
+            name = canonical_name(component, name)
+        elif key in known:
+            (component, name), scale = known[key], 1.0
+        elif base is None:
+            raise AdapterFileError(f"{path}: {key!r}: give the base model to read kohya's names.")
+        else:
+            raise NoSuchLayer(f"{path}: {key!r}: the base model has no such layer.")
+        if name in lora.layers.setdefault(component, {}):
+            raise AdapterFileError(f"{path}: {component}.{name} is there under two names.")
+        lora.layers[component][name] = _layer(path, key, part, scale)
+    if not lora.layers:
+        raise AdapterFileError(f"{path}: there are no LoRA weights in it.")
     return lora
+
+
+class NoSuchLayer(AdapterFileError):
+    """A LoRA's layer that a base has not."""
+
+
+def _stored_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
+    """PEFT's configs by component, which diffusers writes into a LoRA's header: they have its alphas."""
+    from peft import LoraConfig
+
+    try:
+        stored = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        fields: dict[str, dict[str, Any]] = {}
+        for key, value in stored.items():
+            component, _, field = key.partition(".")
+            fields.setdefault(component, {})[field] = value
+        return {component: LoraConfig(**found) for component, found in fields.items() if component in COMPONENTS}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: its lora_adapter_metadata cannot be read ({error}).") from None
+
+
+def _scale(config: LoraConfig, name: str, part: Mapping[str, torch.Tensor]) -> float:
+    """What PEFT multiplies a layer's factors by; 1 where the layer has an alpha of its own, or no factors."""
+    from peft.utils.other import get_pattern_key
+
+    if "alpha" in part or "down" not in part or not len(part["down"]):
+        return 1.0
+    rank = len(part["down"])
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+    return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
 def _known_names(base: Shapes | None) -> dict[str, tuple[str, str]]:
@@ -289,7 +340,8 @@ def _layer(path: Path, key: str, part: Mapping[str, torch.Tensor], scale: float 
     if not {"up", "down"} <= part.keys():
         raise AdapterFileError(f"{path}: {key!r} lacks one of its two factors.")
     up, down = part["up"], part["down"]
-    if up.ndim < 2 or down.ndim < 2 or up.shape[1] != down.shape[0] or up[0, 0].numel() != 1:
+    fit = up.ndim > 1 and down.ndim > 1 and up.shape[1] == down.shape[0] and math.prod(up.shape[2:]) == 1
+    if not fit or not (up.numel() and down.numel()):
         raise AdapterFileError(f"{path}: {key!r} has factors of shapes {tuple(up.shape)} and {tuple(down.shape)}.")
     if "alpha" in part:
         scale *= float(part["alpha"]) / down.shape[0]
@@ -314,7 +366,6 @@ def _read_peft(folder: Path) -> Lora:
 
 def _read_peft_layers(folder: Path, component: str) -> dict[str, dict[str, LoraLayer]]:
     from peft import LoraConfig
-    from peft.utils.other import get_pattern_key
 
     try:
         config = LoraConfig.from_pretrained(folder)
@@ -330,20 +381,12 @@ def _read_peft_layers(folder: Path, component: str) -> dict[str, dict[str, LoraL
         if found is None:
             raise AdapterFileError(f"{folder}: {key!r} is no key of a LoRA.")
         parts.setdefault(found[1], {})["down" if found[2] == "lora_A" else "up"] = tensor
-    component = component or component_of(parts)
-    layers = {}
-    for name, part in parts.items():
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        rank = part["down"].shape[0] if "down" in part else 1
-        layers[canonical_name(component, name)] = _layer(
-            folder, name, part, alpha / (rank**0.5 if config.use_rslora else rank)
-        )
-    return {component: layers}
-
-
-def component_of(layer_names: Mapping[str, object]) -> str:
-    """Which component layers belong to by their names."""
-    if any(name.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for name in layer_names):
-        return "unet"
-    encoder = all(tool_names.CLIP_LAYER.fullmatch(name.removeprefix("text_model.")) for name in layer_names)
-    return "text_encoder" if encoder else "transformer"
+    if not parts:
+        raise AdapterFileError(f"{folder}: there are no LoRA weights in it.")
+    component = component or tool_names.component_of(parts)
+    return {
+        component: {
+            canonical_name(component, name): _layer(folder, name, part, _scale(config, name, part))
+            for name, part in parts.items()
+        }
+    }

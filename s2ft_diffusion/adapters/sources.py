@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from .base_files import base_folder, weight_shapes
-from .lora_files import PEFT_CONFIG_NAME
+from .lora_files import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME
 from .reading import METADATA_KEY, Adapter, AdapterFileError
 
 Source = str | os.PathLike
@@ -29,7 +29,7 @@ def read(source: Source, base: Source | None = None) -> Adapter:
         if base is None:
             raise AdapterFileError(f"{source}: a FourierFT adapter, whose positions depend on its base model: give it.")
         return read_fourierft(source, weight_shapes(base_folder(base)))
-    return read_any_adapter(find_adapter_file(source), "unet")
+    return read_any_adapter(find_adapter_file(source))
 
 
 def is_s2ft(source: Source) -> bool:
@@ -41,6 +41,8 @@ def is_s2ft(source: Source) -> bool:
         from ..pipelines.sources import WEIGHTS_NAME
 
         return (path / WEIGHTS_NAME).is_file() or _peft_type(path) == "S2FT" or is_fourierft(path)
+    if path.name == PEFT_WEIGHTS_NAME and _peft_type(path.parent) == "S2FT":
+        return True
     try:
         with safe_open(path, framework="pt") as file:
             return METADATA_KEY in (file.metadata() or {})

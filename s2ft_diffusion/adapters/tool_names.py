@@ -8,7 +8,7 @@ versions they were tried with.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from .names import canonical_name
@@ -37,6 +37,15 @@ def clip_name(name: str) -> str:
     if not CLIP_LAYER.fullmatch(inner):
         raise ValueError(f"{name!r} is no layer of a CLIP text encoder, whose names alone other tools agree on")
     return f"text_model.{inner}"
+
+
+def component_of(layer_names: Iterable[str]) -> str:
+    """Which component layers belong to by their names in its model."""
+    names = [canonical_name("text_encoder", name) for name in layer_names]
+    if any(name.startswith(("down_blocks.", "up_blocks.", "mid_block.")) for name in names):
+        return "unet"
+    encoder = all(CLIP_LAYER.fullmatch(name.removeprefix("text_model.")) for name in names)
+    return "text_encoder" if encoder else "transformer"
 
 
 def is_sdxl(shapes: Mapping[str, Mapping[str, tuple[int, int]]]) -> bool:

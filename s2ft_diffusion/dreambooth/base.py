@@ -88,11 +88,14 @@ def plan_base(
     resolution: int | None,
     seed: int,
     loss: LossSettings | None = None,
+    *,
+    lora: bool = False,
 ) -> BasePlan:
     """Read the base's configs and check against them what is to be adapted, at which side in pixels, by which loss.
 
     Raises InputError for a base that cannot be reached or is of no known family, a resolution that its autoencoder
-    cannot take, a text encoder that cannot be trained, and an n_frequency that a layer (named) has no room for.
+    cannot take, a text encoder that cannot be trained, and an n_frequency that a layer (named) has no room for; with
+    `lora`, which is to be written beside the adapter, for a base that reads none and a layer that none has a form for.
     """
     name, location = settings.name, toybox.resolve(settings.name)
     options = {key: value for key, value in base_options(settings).items() if key == "revision"}
@@ -121,6 +124,8 @@ def plan_base(
         left_out += [f"{component}.{layer}" for layer in named if layer in lost]
         adapters[component] = adapter.config([layer for layer in named if layer not in lost], seed)
         _check_room(component, model, adapters[component])
+        if lora:
+            _check_lora(family, component, model, adapters[component])
     shape = family.latent_shape(configs, side)
     objective = family.objective(configs, shape, loss or LossSettings())
     return BasePlan(settings, location, family, side, shape, objective, adapters, tuple(left_out), index, configs)
@@ -158,6 +163,18 @@ def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
             trained_numbers(delta_shape(layer), config, config.n_frequency)
         except ValueError as error:
             raise InputError(f"{component}.{name}: {error}") from None
+
+
+def _check_lora(family: type[Family], component: str, model: nn.Module, config: S2FTConfig) -> None:
+    if not hasattr(getattr(diffusers, family.pipeline_class), "load_lora_weights"):
+        raise InputError(f"--save_lora: diffusers' {family.pipeline_class} loads no LoRA.")
+    for name in sorted(config.target_modules):
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            raise InputError(
+                f"--save_lora: {component}.{name} is a convolution in groups, for which LoRA files have no form; "
+                "--targets attention leaves it out."
+            )
 
 
 def vae_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -60,8 +60,9 @@ def find_adapter_file(
         raise OSError(f"{source}: no such local path, and the hub says: {error}") from error
 
 
-def read_any_adapter(path: Path, component: str) -> Adapter:
-    """Read and check an adapter in our format or in PEFT's; PEFT's belongs to `component` unless its keys say others.
+def read_any_adapter(path: Path, component: str | None = None) -> Adapter:
+    """Read and check an adapter in our format or in PEFT's; PEFT's belongs to `component` unless its keys say others,
+    by default to the one that its layers' names are of.
 
     Raises AdapterFileError as `read_adapter` does.
     """
@@ -72,7 +73,7 @@ def _is_peft(path: Path) -> bool:
     return path.name == PEFT_WEIGHTS_NAME and (path.parent / "adapter_config.json").is_file()
 
 
-def _read_peft(path: Path, component: str) -> Adapter:
+def _read_peft(path: Path, component: str | None) -> Adapter:
     try:
         config = PeftConfig.from_pretrained(path.parent)
         state_dict = load_file(path)
