@@ -15,17 +15,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image
+from datasets import ClassLabel, Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError  # of whichever httpx the hub's client uses
+from jinja2 import TemplateError  # of chat templates
 from peft import FourierFTConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, save_as_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
 from transformers import TrainingArguments as Training
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -133,7 +142,7 @@ def readable(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, DatasetsError, HTTPError) as error:
+    except (OSError, ValueError, DatasetsError, HTTPError, TemplateError) as error:
         cause = error.__cause__ or error
         raise InputError(
             f"{what}: {str(cause).strip().splitlines()[0] if str(cause) else type(cause).__name__}"
@@ -147,6 +156,19 @@ def need_columns(columns: Sequence[str], *wanted: str | None) -> None:
             raise InputError(f"There is no column {name!r}; the data have {', '.join(columns)}.")
 
 
+def encode_labels(data: DatasetDict, training: Sequence[Any]) -> DatasetDict:
+    """Column "label" as classes: those of the `training` labels, in every split; raises InputError for another one."""
+    classes = sorted(set(training))
+    numbers = {label: number for number, label in enumerate(classes)}
+    kind = ClassLabel(names=[str(label) for label in classes])
+    for name, split in data.items():
+        if unknown := sorted(set(split["label"]) - set(classes)):
+            raise InputError(f"The {name} split has a label that the training data have not: {unknown[0]!r}.")
+        encoded = [numbers[label] for label in split["label"]]
+        data[name] = split.remove_columns("label").add_column("label", encoded).cast_column("label", kind)
+    return data
+
+
 def check_texts(split: Dataset, columns: Mapping[str, str]) -> None:
     """Raise InputError for a row without a text or a label, and for texts that are none; columns with what they are."""
     for column, meaning in columns.items():
@@ -155,25 +177,6 @@ def check_texts(split: Dataset, columns: Mapping[str, str]) -> None:
         for number, value in enumerate(split[column]):
             if value is None or value == "" or (isinstance(value, float) and not math.isfinite(value)):
                 raise InputError(f"Row {number + 1} has no {column}.")
-
-
-def check_pictures(data: DatasetDict) -> None:
-    """Raise InputError for a picture that cannot be read: in training it would end an epoch in its middle."""
-    for name, part in data.items():
-        if not isinstance(part.features["image"], Image):
-            raise InputError("--image_column names a column without pictures.")
-        for number in range(len(part)):
-            with readable(f"Picture {number + 1} of the {name} split"):
-                part[number]
-
-
-def check_size(model: PreTrainedModel, side: int, more: Mapping[str, Any]) -> None:
-    """Raise InputError for pictures of a size that a model, called with `more`, does not take."""
-    try:
-        with torch.no_grad():
-            model(pixel_values=torch.zeros(1, 3, side, side), **more)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"The model does not take pictures of {side} pixels: {str(error).splitlines()[0]}") from None
 
 
 def choose_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int | None, usual: int) -> int:
@@ -185,16 +188,36 @@ def choose_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, le
     return length or min(usual, most)
 
 
+def need_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a padding token, the end's where there is none; raises InputError where there is neither."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError("The tokenizer has no padding token and no end-of-sequence token to pad with.")
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def logits(predictions: EvalPrediction) -> np.ndarray:
+    """The scores of what a model gives, which may be more than them."""
+    found = predictions.predictions
+    return found[0] if isinstance(found, tuple) else found
+
+
 def head_names(model: PreTrainedModel) -> list[str]:
-    """The modules around a pretrained model, trained whole: a classifier. What has attention is the model's own."""
+    """The modules around a pretrained model, trained whole: a classifier. What has attention is the model's own.
+
+    Raises InputError where there is none.
+    """
     try:
         targets = attention_targets(model)
     except ValueError:  # which `adapt` says; full fine-tuning needs none
         targets = []
     inside = {model.base_model_prefix, *(name.partition(".")[0] for name in targets)}
-    return [
+    heads = [
         name for name, child in model.named_children() if name not in inside and any(True for _ in child.parameters())
     ]
+    if not heads:
+        raise InputError(f"{type(model).__name__} has no head beside its layers with attention, to be trained whole.")
+    return heads
 
 
 def adapt(model: PreTrainedModel, args: MethodArguments, *, seed: int, heads: Sequence[str] = ()) -> nn.Module:
@@ -362,14 +385,20 @@ def export_lora(folder: Path, model: PeftModel, rank: int) -> int:
     return max(len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
 
 
-def report(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the results beside the adapter, and upload both where asked; raises NotPublished where that fails."""
+def write(trainer: Trainer, facts: dict[str, Any]) -> None:
+    """Write the results beside the adapter."""
     # A correlation with a constant is not a number, which JSON does not have.
     facts["metrics"] = {n: v if math.isfinite(v) else None for n, v in facts["metrics"].items()}
-    folder = Path(trainer.args.output_dir)
     if trainer.is_world_process_zero():
         text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
-        (folder / RESULTS_NAME).write_text(text, encoding="utf-8")
+        Path(trainer.args.output_dir, RESULTS_NAME).write_text(text, encoding="utf-8")
+
+
+def report(trainer: Trainer, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the results, print the metrics, and upload all where asked; raises NotPublished where that fails."""
+    write(trainer, facts)
+    folder = Path(trainer.args.output_dir)
+    if trainer.is_world_process_zero():
         print(json.dumps(facts["metrics"]))
     if trainer.args.push_to_hub:
         try:

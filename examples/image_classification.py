@@ -11,22 +11,19 @@ transformers' TrainingArguments count too. Runs under `accelerate launch` and `t
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import finetuning as ft
 import numpy as np
+import pictures
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
-from torchvision.transforms import v2
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    BaseImageProcessor,
     EvalPrediction,
-    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
@@ -81,6 +78,8 @@ def choose(data: DatasetDict, args: Arguments, seed: int) -> DatasetDict:
     ft.need_columns(list(features), images, labels)
     if images == labels:
         raise InputError(f"--label_column {labels}: that column has the pictures.")
+    if not isinstance(features[labels], ClassLabel | Value):
+        raise InputError(f"--label_column {labels}: that column has no labels.")
     if args.train_samples:
         training = drawn(training, args.train_samples, seed)
     if args.tune:
@@ -102,7 +101,7 @@ def choose(data: DatasetDict, args: Arguments, seed: int) -> DatasetDict:
             raise InputError(f"Image {missing[0] + 1} of the {name} split has no label.")
     if not isinstance(chosen["train"].features["label"], ClassLabel):
         with ft.readable(f"--label_column {labels}"):
-            chosen = chosen.class_encode_column("label")
+            chosen = ft.encode_labels(chosen, data[args.train_split][labels])
     if len(set(chosen["train"]["label"])) < 2:
         raise InputError("The training images have one class alone.")
     return chosen
@@ -111,28 +110,6 @@ def choose(data: DatasetDict, args: Arguments, seed: int) -> DatasetDict:
 def drawn(data: Dataset, count: int, seed: int) -> Dataset:
     """That many rows of a data set, without replacement."""
     return data.shuffle(seed=seed).select(range(min(count, len(data))))
-
-
-def transforms(processor: BaseImageProcessor, size: int | None, *, augment: bool) -> tuple[v2.Compose, int]:
-    """From a PIL picture to what the model reads, as its processor says; and the size in pixels."""
-    read = processor.crop_size if getattr(processor, "do_center_crop", None) else processor.size
-    side = size or read.get("height") or read.get("shortest_edge")
-    random = [v2.RandomResizedCrop(side, scale=(0.5, 1.0)), v2.RandomHorizontalFlip()]
-    resized = random if augment else [v2.Resize((side, side))]
-    normalized = v2.Normalize(processor.image_mean, processor.image_std)
-    return v2.Compose([v2.RGB(), *resized, v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalized]), side
-
-
-def reader(transform: Callable[[Any], torch.Tensor]) -> Callable[[dict[str, list[Any]]], dict[str, list[Any]]]:
-    """Rows with pictures to rows with pixels, as they are asked for."""
-    return lambda rows: {"pixel_values": [transform(image) for image in rows["image"]], "labels": rows["label"]}
-
-
-def prepare_position_embeddings(model: PreTrainedModel, side: int) -> dict[str, Any]:
-    """What a batch must say besides pixels for a model made for another size of picture."""
-    parameters = inspect.signature(model.forward).parameters
-    other = side != getattr(model.config, "image_size", side)
-    return {"interpolate_pos_encoding": True} if other and "interpolate_pos_encoding" in parameters else {}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -151,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with training.main_process_first(desc="data"):
         data = load_images(args, training.seed)
     if training.process_index == 0:
-        ft.check_pictures(data)
+        pictures.check_pictures(data)
     names = data["train"].features["label"].names
     with ft.readable(args.model_name_or_path):
         processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
@@ -162,25 +139,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             label2id={name: number for number, name in enumerate(names)},
             ignore_mismatched_sizes=True,
         )
-    plain, side = transforms(processor, args.image_size, augment=False)
-    random, _ = transforms(processor, args.image_size, augment=args.augment)
-    also = prepare_position_embeddings(model, side)
-    ft.check_size(model, side, also)
+    plain, side = pictures.transforms(processor, args.image_size, augment=False)
+    random, _ = pictures.transforms(processor, args.image_size, augment=args.augment)
+    also = pictures.prepare_position_embeddings(model, side)
+    pictures.check_pixels(processor, plain)
+    pictures.check_size(model, side, also)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         pixels = torch.stack([row["pixel_values"] for row in rows])
         return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows]), **also}
 
     def measure(predictions: EvalPrediction) -> dict[str, float]:
-        return {"accuracy": float((np.argmax(predictions.predictions, axis=-1) == predictions.label_ids).mean())}
+        return {"accuracy": float((np.argmax(ft.logits(predictions), axis=-1) == predictions.label_ids).mean())}
 
     heads = ft.head_names(model)
     with ft.readable("--push_to_hub" if training.push_to_hub else "The flags do not go together"):
         trainer = ft.HeadTrainer(
             ft.adapt(model, method, seed=training.seed, heads=heads),
             training,
-            train_dataset=data["train"].with_transform(reader(random)),
-            eval_dataset=data["test"].with_transform(reader(plain)),
+            train_dataset=data["train"].with_transform(pictures.reader(random)),
+            eval_dataset=data["test"].with_transform(pictures.reader(plain)),
             processing_class=processor,
             data_collator=collate,
             compute_metrics=measure,

@@ -10,7 +10,7 @@ quantises the base. All flags of TRL's SFTConfig count too. Runs under `accelera
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Any
 
 import finetuning as ft
 import torch
+from answers import answer, as_text, read_questions
 from datasets import Dataset, DatasetDict, load_dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -68,8 +68,8 @@ def load_rows(args: Arguments, seed: int) -> DatasetDict:
 
 def examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
     """Prompts with completions: as chat messages where the tokenizer has a template for them, else as text."""
-    columns = rows.column_names
-    for number, row in enumerate(rows):
+    columns, seen, without = rows.column_names, set(), 0
+    for row in rows:
         if "messages" in columns:
             turns = row["messages"] if isinstance(row["messages"], list) else []
             messages = [{key: turn.get(key) for key in ("role", "content")} for turn in turns if isinstance(turn, dict)]
@@ -79,59 +79,29 @@ def examples(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict
         else:
             question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
             messages, answers = exchange(question, row["output"]), [1]
-        if not answers or any(not turn["content"] or not isinstance(turn["content"], str) for turn in messages):
-            raise InputError(f"Row {number + 1} has no answer, or something in place of a text.")
+        texts = [turn["content"] for turn in messages]
+        if any(text is not None and not isinstance(text, str) for text in texts):
+            raise InputError(f"There is something in place of a text: {str(row)[:100]}")
+        if not answers or not all(texts):
+            without += 1  # nothing to learn from; well-known data sets have such rows
+            continue
         for place in answers:
             if tokenizer.chat_template:
+                roles = tuple(turn["role"] for turn in messages[: place + 1])
+                if roles not in seen:  # some templates take no system message, or no two of one role
+                    with ft.readable("The chat template"):
+                        tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+                    seen.add(roles)
                 yield {"prompt": messages[:place], "completion": [messages[place]]}
             else:
                 yield {"prompt": as_text(messages[:place]), "completion": f" {messages[place]['content']}"}
+    if without:
+        print(f"{without} of {len(rows)} rows have no answer and are left out.", file=sys.stderr)
 
 
 def exchange(question: str, answer: str) -> list[dict[str, str]]:
     """A question and its answer as chat messages."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def as_text(messages: Sequence[dict[str, str]]) -> str:
-    """Chat messages for a model without a chat template, up to where the answer is to begin."""
-    headings = {"system": "System", "user": "Instruction", "assistant": "Response"}
-    turns = [f"### {headings.get(turn['role'], turn['role'])}:\n{turn['content']}\n\n" for turn in messages]
-    return "".join([*turns, "### Response:\n"])
-
-
-def read_questions(path: str) -> list[dict[str, Any]]:
-    """The lines of a file of questions, MT-Bench's or Vicuna's; raises InputError for one without a question."""
-    with ft.readable(path):
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, line in enumerate(lines):
-        turns = (line.get("turns") or [line.get("text")]) if isinstance(line, dict) else None
-        if not isinstance(turns, list) or not all(isinstance(turn, str) and turn for turn in turns):
-            raise InputError(f"{path}: line {number + 1} has neither text nor turns.")
-    return lines
-
-
-@torch.no_grad()
-def answer(trainer: SFTTrainer, questions: list[dict[str, Any]], path: Path, max_new_tokens: int) -> None:
-    """Write every question's answers, turn after turn, the likeliest word each time."""
-    model, tokenizer = trainer.model.eval(), trainer.processing_class
-    with path.open("w", encoding="utf-8") as lines:
-        for question in tqdm(questions, desc="answers", disable=trainer.args.disable_tqdm):
-            messages: list[dict[str, str]] = []
-            for turn in question.get("turns") or [question["text"]]:
-                messages.append({"role": "user", "content": turn})
-                if tokenizer.chat_template:
-                    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-                else:
-                    text = as_text(messages)
-                tokens = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
-                tokens = {name: tokens[name].to(model.device) for name in ("input_ids", "attention_mask")}
-                made = model.generate(
-                    **tokens, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-                )[0, tokens["input_ids"].shape[1] :]
-                messages.append({"role": "assistant", "content": tokenizer.decode(made, skip_special_tokens=True)})
-            answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
-            lines.write(json.dumps({**question, "answers": answers}, ensure_ascii=False) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -167,9 +137,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=dtype, **more)
     training.max_length = ft.choose_length(model, tokenizer, training.max_length, 512)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    ft.need_padding(tokenizer)
     with training.main_process_first(desc="examples"):
         data = DatasetDict({name: Dataset.from_list(list(examples(rows, tokenizer))) for name, rows in data.items()})
+    for name, rows in data.items():
+        if not len(rows):
+            raise InputError(f"No row of the {name} data has an answer.")
     with ft.readable("--push_to_hub" if training.push_to_hub else "The flags do not go together"):
         trainer = SFTTrainer(
             ft.adapt(model, method, seed=training.seed),
@@ -184,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     facts["validation_rows"] = len(trainer.eval_dataset)
     facts["metrics"] = trainer.evaluate()
     facts["metrics"]["eval_perplexity"] = torch.tensor(facts["metrics"]["eval_loss"]).exp().item()
+    ft.write(trainer, facts)  # answering may take long, and fail
     if questions and trainer.is_world_process_zero():
         answer(trainer, questions, Path(training.output_dir) / ANSWERS_NAME, args.max_new_tokens)
     return ft.report(trainer, facts)

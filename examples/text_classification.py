@@ -114,14 +114,8 @@ def load_task(args: Arguments) -> Task:
     classes = sorted(set(data["train"]["label"]))
     if len(classes) < 2:
         raise InputError(f"{args.train_file} has one class alone, {classes[0]!r}.")
-    for name, split in data.items():
-        if unknown := sorted(set(split["label"]) - set(classes)):
-            raise InputError(f"{files[name]} has a label that the training texts have not: {unknown[0]!r}.")
-    numbers = {label: number for number, label in enumerate(classes)}
-    features = data["train"].features.copy()
-    features["label"] = ClassLabel(names=[str(label) for label in classes])
-    data = data.map(lambda row: {"label": numbers[row["label"]]}, features=features)
-    return Task(data, columns, features["label"].names, ("accuracy",))
+    data = ft.encode_labels(data, classes)
+    return Task(data, columns, data["train"].features["label"].names, ("accuracy",))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -150,18 +144,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             num_labels=len(task.classes or [""]),
             problem_type="regression" if task.classes is None else "single_label_classification",
             label2id={name: number for number, name in enumerate(task.classes or [])},
+            ignore_mismatched_sizes=True,
             **labels,
         )
     args.max_length = ft.choose_length(model, tokenizer, args.max_length, 128)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    ft.need_padding(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
 
     def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
         return tokenizer(*(rows[column] for column in task.columns), truncation=True, max_length=args.max_length)
 
     def measure(predictions: EvalPrediction) -> dict[str, float]:
-        scores = predictions.predictions
+        scores = ft.logits(predictions)
         found = scores.squeeze(-1) if task.classes is None else np.argmax(scores, axis=-1)
         return {name: float(MEASURES[name](predictions.label_ids, found)) for name in task.measures}
 

@@ -267,3 +267,42 @@ def test_two_processes_equal_one(tmp_path: Path, two_layers) -> None:
         for name, matrix in found.items():
             assert torch.equal(both[0][estimate][name], both[1][estimate][name])
             torch.testing.assert_close(both[0][estimate][name], matrix, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimate", ["gradient", "normalized", "scaled", "full"])
+def test_no_batches_at_all(two_layers, estimate) -> None:
+    model = adapted(two_layers)
+    for none in ([], iter(())):
+        with pytest.raises(ValueError, match="no batches to estimate the prior from"):
+            initialize_s2ft_weights(model, loss_of(model), none, estimate=estimate)
+
+
+@pytest.mark.parametrize("estimate", ["gradient", "normalized", "scaled", "full"])
+def test_layers_that_share_a_weight_share_their_prior(estimate) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    model = inject_adapter_in_model(S2FTConfig(n_frequency=9, target_modules=["0", "2"]), model)
+    before = model[0].weight.clone()
+    prior = estimate_prior(model, lambda x: model(x).square().sum(), [torch.randn(3, 8)], estimate=estimate)
+    assert set(prior) == {"0", "2"}
+    assert prior["0"].any()
+    assert torch.equal(prior["0"], prior["2"])
+    assert torch.equal(model[2].weight, before)
+    place_from_prior(model, prior)
+
+
+@pytest.mark.parametrize("options", [{}, {"oversampling": 2}, {"positions": "free"}])
+def test_whatever_the_default_device_is(options) -> None:
+    config = S2FTConfig(n_frequency=9, target_modules=["0"], **options)
+    model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(8, 8)))
+    x = torch.randn(3, 8)
+    torch.set_default_device("meta")
+    try:
+        for estimate in ("gradient", "normalized", "scaled", "full"):
+            initialize_s2ft_weights(model, lambda x: model(x).square().sum(), [x], estimate=estimate)
+        inject_adapter_in_model(config, model, "drawn when it is needed")
+        model[0].set_adapter("drawn when it is needed")
+        assert model(x).device == x.device
+    finally:
+        torch.set_default_device(None)

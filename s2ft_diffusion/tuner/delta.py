@@ -52,7 +52,8 @@ class LayerDelta(nn.Module):
     def draw(self) -> None:
         """Do what `draw_later` has put off."""
         if self._draw is not None:
-            chosen, self._draw = self._draw(), None
+            with torch.device("cpu"):  # whatever the default is: generators are the CPU's
+                chosen, self._draw = self._draw(), None
             self._set(chosen)
 
     def _hold(self, name: str, values: torch.Tensor, bound: int) -> None:

@@ -50,7 +50,7 @@ def estimate_by_gradient(
 ) -> dict[str, torch.Tensor]:
     """-sum g, or -sum g / sqrt(sum g^2), of every layer: (d, k), float32, in host memory."""
     bases = {name: layer.get_base_layer() for name, layer in layers.items()}
-    total = {name: torch.zeros(delta_shape(base), dtype=torch.float32) for name, base in bases.items()}
+    total = {name: torch.zeros(delta_shape(base), dtype=torch.float32, device="cpu") for name, base in bases.items()}
     squares = {name: torch.zeros_like(matrix) for name, matrix in total.items()} if normalized else {}
 
     def collect(name: str, gradient: torch.Tensor) -> None:
@@ -60,7 +60,7 @@ def estimate_by_gradient(
             squares[name].addcmul_(gradient, gradient)
 
     with _watching(layers, collect):
-        for batch in batches:
+        for batch in _some(batches):
             _backward(loss, batch)
     for name, base in bases.items():
         for matrices in (total, squares):
@@ -82,7 +82,7 @@ def estimate_by_scaled_gradients(layers: Mapping[str, S2FTLayer], loss: Loss, ba
     """
     sums = {name: _ScaledSum(name, layer.get_base_layer()) for name, layer in layers.items()}
     with _watching(layers, lambda name, gradient: sums[name].subtract(gradient)):
-        for batch in batches:
+        for batch in _some(batches):
             _backward(loss, batch)
     for name, layer in layers.items():
         _add_up(sums[name].total, layer.get_base_layer().weight.device)
@@ -93,8 +93,8 @@ class _ScaledSum:
     """A layer's sum of scaled gradients: `total` (d, k)."""
 
     def __init__(self, name: str, base: nn.Module) -> None:
-        self.total = torch.zeros(delta_shape(base), dtype=compute_dtype(base))
-        seed = int(torch.randint(2**62, (), generator=seeded("rounding", name)))
+        self.total = torch.zeros(delta_shape(base), dtype=compute_dtype(base), device="cpu")
+        seed = int(torch.randint(2**62, (), generator=seeded("rounding", name), device="cpu"))
         self.generator = torch.Generator(base.weight.device).manual_seed(seed)
 
     @torch.no_grad()
@@ -105,6 +105,16 @@ class _ScaledSum:
         for before, part in zip(self.total.split(rows), gradient.split(rows), strict=True):
             after = before.to(part.device, torch.float32) - part * scale
             before.copy_(_rounded(after, before.dtype, self.generator))
+
+
+def _some(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; raises ValueError where there are none, as of an iterator that has been gone through."""
+    none = True
+    for batch in batches:
+        none = False
+        yield batch
+    if none:
+        raise ValueError("There are no batches to estimate the prior from.")
 
 
 @contextmanager
@@ -209,7 +219,7 @@ def estimate_by_training(
     trained = {name: _TrainedWeight(name, layer.get_base_layer(), step_size) for name, layer in layers.items()}
     arrivals = _Arrivals(trained)
     try:
-        for number, batch in enumerate(batches, 1):
+        for number, batch in enumerate(_some(batches), 1):
             arrivals.updating = number % accumulation == 0 or number == count
             arrivals.factor = 2 * math.ceil(number / accumulation) / (steps + 1)
             _backward(loss, batch)
@@ -264,7 +274,8 @@ class _TrainedWeight:
         self.means = torch.zeros(d, device=weight.device), torch.zeros(k, device=weight.device)
         self.steps = 0
         self.not_finite = torch.zeros((), dtype=torch.int64, device=weight.device)
-        seed = int(torch.randint(2**62, (), generator=seeded("rounding", name)))  # the same on every process
+        # the same on every process
+        seed = int(torch.randint(2**62, (), generator=seeded("rounding", name), device="cpu"))
         self.generator = torch.Generator(weight.device).manual_seed(seed)
         self.kept = weight.to("cpu", copy=True)
 

@@ -112,8 +112,9 @@ def estimate_prior(
     A weight without a gradient (quantised, offloaded, or stored in 8 bits) has one estimated from the layer's inputs
     and the gradients of its outputs; "full" then becomes "scaled" for all layers, with a warning. Layers that have no
     gradient in any batch are named in a warning, their matrices are zero. Other adapters are off while estimating. In a
-    process group gradients are summed, or for "full" averaged in every step, and all processes return the same. Raises
-    ValueError for a loss or a gradient that is not finite.
+    process group gradients are summed, or for "full" averaged in every step, and all processes return the same. Layers
+    that share a weight have one prior. Raises ValueError for a loss or a gradient that is not finite, and where there
+    are no batches.
     """
     if estimate not in get_args(Estimate):
         raise ValueError(f"estimate must be one of {get_args(Estimate)}, got {estimate!r}.")
@@ -134,15 +135,18 @@ def estimate_prior(
             stacklevel=2,
         )
         estimate = "scaled"
+    first = {id(layer.get_base_layer().weight): name for name, layer in reversed(layers.items())}
+    owners = {name: first[id(layer.get_base_layer().weight)] for name, layer in layers.items()}  # tied weights are one
+    once = {name: layer for name, layer in layers.items() if owners[name] == name}
     with _only_base_weights_train(models, layers):
         if estimate == "full":
             prior = estimate_by_training(
-                layers, loss, batches, step_size=step_size, accumulation=gradient_accumulation_steps
+                once, loss, batches, step_size=step_size, accumulation=gradient_accumulation_steps
             )
         elif estimate == "scaled":
-            prior = estimate_by_scaled_gradients(layers, loss, batches)
+            prior = estimate_by_scaled_gradients(once, loss, batches)
         else:
-            prior = estimate_by_gradient(layers, loss, batches, normalized=estimate == "normalized")
+            prior = estimate_by_gradient(once, loss, batches, normalized=estimate == "normalized")
     unreached = []
     for name, matrix in prior.items():
         if not torch.isfinite(matrix).all():
@@ -155,7 +159,23 @@ def estimate_prior(
             f"{', '.join(unreached)}.",
             stacklevel=2,
         )
-    return prior
+    return _Shared(prior, owners) if len(once) < len(layers) else prior
+
+
+class _Shared(Mapping[str, torch.Tensor]):
+    """A prior for layers that share weights: each has that of the layer that stands for them."""
+
+    def __init__(self, prior: Mapping[str, torch.Tensor], owners: Mapping[str, str]) -> None:
+        self._prior, self._owners = prior, owners
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._prior[self._owners[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
 
 
 def place_from_prior(

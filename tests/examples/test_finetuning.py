@@ -10,20 +10,28 @@ from types import SimpleNamespace
 
 import finetuning
 import instruction_tuning
+import numpy as np
+import pictures
 import pytest
 import text_classification
 import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     CLIPConfig,
     CLIPForImageClassification,
+    EvalPrediction,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipForImageClassification,
     TrainingArguments,
@@ -53,6 +61,34 @@ def test_a_head_is_what_has_no_attention(kind, config) -> None:
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert all("coefficients" in name or "classifier.modules_to_save" in name for name in trained)
     assert len(trained) == 2 + 2
+
+
+def test_a_classifier_within_its_model_is_refused() -> None:
+    """As timm's are in transformers: nothing says which part is the head, and it would stay as it was drawn."""
+
+    class Wrapped(PreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.inner = BertModel(config)
+
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=9)
+    with pytest.raises(InputError, match="Wrapped has no head"):
+        finetuning.head_names(Wrapped(config))
+
+
+def test_more_than_logits() -> None:
+    scores = np.ones((2, 3))
+    for found in (scores, (scores, np.ones((2, 7, 4)))):
+        assert finetuning.logits(EvalPrediction(found, np.ones(2))) is scores
+
+
+def test_padding() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(InputError, match="no padding token"):
+        finetuning.need_padding(tokenizer)
+    tokenizer.eos_token = "a"
+    finetuning.need_padding(tokenizer)
+    assert tokenizer.pad_token == "a"
 
 
 def test_heads_of_a_text_classifier() -> None:
@@ -121,7 +157,7 @@ def test_refused_before_training(bert, reviews, tmp_path, ended, monkeypatch, gi
 
 def test_a_column_without_pictures() -> None:
     with pytest.raises(InputError, match="without pictures"):
-        finetuning.check_pictures(DatasetDict(train=Dataset.from_dict({"image": [0], "label": [0]})))
+        pictures.check_pictures(DatasetDict(train=Dataset.from_dict({"image": [0], "label": [0]})))
 
 
 def test_fsdp_and_what_one_process_does_alone(bert, llama, reviews, instructions, tmp_path, ended, monkeypatch) -> None:

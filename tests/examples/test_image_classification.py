@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import image_classification
+import pictures as pictures_of_models
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -19,10 +20,12 @@ from transformers import (
     CLIPForImageClassification,
     CLIPImageProcessor,
     DeiTImageProcessor,
+    MobileViTImageProcessor,
     ViTImageProcessor,
 )
 
 from s2ft_diffusion.dreambooth.process import exit_codes
+from s2ft_diffusion.errors import InputError
 from tests.examples.conftest import GRID, quick
 
 
@@ -77,7 +80,7 @@ def test_tuning_scores_training_images_at_another_size(vit, pictures, tmp_path) 
     ],
 )
 def test_pictures_have_the_size_that_the_processor_cuts_out(processor, side) -> None:
-    transform, found = image_classification.transforms(processor, None, augment=False)
+    transform, found = pictures_of_models.transforms(processor, None, augment=False)
     assert found == side
     assert transform(Image.new("RGB", (300, 200))).shape == (3, side, side)
 
@@ -91,13 +94,48 @@ def test_pictures_have_the_size_that_the_processor_cuts_out(processor, side) -> 
         ("--test_samples -1", "--test_samples must be at least 0"),
         ("--tune true --train_samples 1", "--tune"),
         ("--label_column image", "has the pictures"),
-        ("--image_column label --label_column image", "--label_column image: Class encoding"),
+        ("--image_column label --label_column image", "--label_column image: that column has no labels"),
     ],
 )
 def test_refused_before_training(vit, pictures, tmp_path, ended, given, words) -> None:
     code, line = ended(image_classification, flags(vit, pictures, tmp_path, *given.split()))
     assert code == 2
     assert words in line
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        MobileViTImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}),  # 0 to 1, BGR
+        ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]),
+    ],
+)
+def test_pixels_are_the_processors(processor) -> None:
+    transform, _ = pictures_of_models.transforms(processor, None, augment=False)
+    picture = Image.new("RGB", (64, 64), (255, 128, 0))
+    theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(transform(picture), theirs, rtol=1e-3, atol=1e-3)
+    pictures_of_models.check_pixels(processor, transform)
+    processor.rescale_factor = 1 / 127
+    with pytest.raises(InputError, match="other pixels"):
+        pictures_of_models.check_pixels(processor, transform)
+
+
+def test_classes_are_those_of_all_training_labels() -> None:
+    """Also where a split, or the images that are drawn, lack some of them."""
+    pixels = Image.new("RGB", (8, 8))
+
+    def split(labels: str) -> Dataset:
+        return Dataset.from_dict({"image": [pixels] * len(labels.split()), "label": labels.split()})
+
+    training = split("bee ant cat ant bee bee bee bee bee")
+    args = image_classification.Arguments(image_folder="x", image_column="image", train_samples=4)
+    found = image_classification.choose(DatasetDict(train=training, test=split("cat bee")), args, 0)
+    for part in found.values():
+        assert part.features["label"].names == ["ant", "bee", "cat"]
+    assert found["test"]["label"] == [2, 1]
+    with pytest.raises(InputError, match="test split has a label that the training data have not: 'dog'"):
+        image_classification.choose(DatasetDict(train=training, test=split("cat dog")), args, 0)
 
 
 def test_a_broken_picture_is_found_before_training(vit, pictures, tmp_path, ended) -> None:

@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
 from s2ft_diffusion.dreambooth.process import exit_codes
+from s2ft_diffusion.errors import InputError
 from tests.examples.conftest import GRID, quick, tokenizer
 
 
@@ -66,6 +67,39 @@ def test_every_answer_of_a_chat_counts() -> None:
     assert row == {"prompt": "### Instruction:\nsay\n\n### Response:\n", "completion": " yes"}
 
 
+def test_rows_without_an_answer_are_left_out(capsys) -> None:
+    rows = [{"instruction": "say", "output": output} for output in ("yes", "", None, "no")]
+    found = list(instruction_tuning.examples(Dataset.from_list(rows), tokenizer()))
+    assert [row["completion"][0]["content"] for row in found] == ["yes", "no"]
+    assert "2 of 4 rows have no answer" in capsys.readouterr().err
+
+
+def test_a_chat_template_that_takes_no_system_message() -> None:
+    picky = tokenizer()
+    picky.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    chat = [{"role": role, "content": "say"} for role in ("system", "user", "assistant")]
+    with pytest.raises(InputError, match="chat template: No system role"):
+        list(instruction_tuning.examples(Dataset.from_list([{"messages": chat}]), picky))
+
+
+def test_questions_longer_than_the_model_reads(llama, instructions, tmp_path, monkeypatch) -> None:
+    """The model reads 64 tokens; results are there before anything is answered."""
+    lines = [{"turns": ["say yes", "say no"]}, {"text": "say yes " * 60}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    more = ("--questions", str(tmp_path / "q.jsonl"), "--max_new_tokens", "60")
+    instruction_tuning.main(flags(llama, instructions / "alpaca.json", tmp_path / "out", *more))
+    answers = [json.loads(line)["answers"] for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [len(found) for found in answers] in ([1, 0], [2, 0])
+    monkeypatch.setattr(instruction_tuning, "answer", out_of_luck)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        instruction_tuning.main(flags(llama, instructions / "alpaca.json", tmp_path / "again", *more))
+    assert (tmp_path / "again" / "results.json").is_file()
+
+
+def out_of_luck(*args: object) -> None:
+    raise RuntimeError("out of luck")
+
+
 def test_bad_input_is_one_line(llama, instructions, tmp_path, capsys) -> None:
     def refused(*argv: str) -> str:
         with pytest.raises(SystemExit) as stopped, exit_codes("instruction_tuning.py"):
@@ -83,7 +117,7 @@ def test_bad_input_is_one_line(llama, instructions, tmp_path, capsys) -> None:
     good = {"instruction": "say", "input": "", "output": "yes"}
     assert "either --dataset_name" in refused()
     assert "no column 'output'" in refused("--train_file", file("a.jsonl", *[{"instruction": "say"}] * 4))
-    assert "no answer" in refused(
+    assert "No row of the train data has an answer" in refused(
         "--train_file", file("b.jsonl", *[{**good, "output": ""}] * 4), "--validation_share", ".5"
     )
     assert "no column 'prompt'" in refused("--train_file", file("c.jsonl", *[{"completion": "yes"}] * 4))
@@ -100,8 +134,8 @@ def test_bad_input_is_one_line(llama, instructions, tmp_path, capsys) -> None:
         ("--max_length 0", "--max_length must be at least 1"),
         ("--max_length 65", "above the 64 tokens"),
         ("--max_length 3", "No answer begins within --max_length 3"),
-        ("--train_file {folder}/messages.jsonl", "Row 1 has no answer"),
-        ("--train_file {folder}/turns.jsonl", "Row 1 has no answer"),
+        ("--train_file {folder}/messages.jsonl", "No row of the train data has an answer"),
+        ("--train_file {folder}/turns.jsonl", "No row of the train data has an answer"),
         ("--train_file {folder}/number.jsonl", "in place of a text"),
         ("--questions {folder}/list.jsonl", "line 1 has neither text nor turns"),
         ("--questions {folder}/text.jsonl", "line 1 has neither text nor turns"),

@@ -11,7 +11,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from s2ft_diffusion.dreambooth.process import exit_codes
 from s2ft_diffusion.errors import InputError
@@ -119,6 +119,15 @@ def test_glue_as_the_benchmark_defines_it(bert, tmp_path, monkeypatch, task, mea
     assert {f"validation_{name}" for name in measures} <= facts["metrics"].keys()
     assert ("validation_mismatched_accuracy" in facts["metrics"]) == (task == "mnli")
     assert not any(name.startswith("test") for name in facts["metrics"])  # GLUE's test splits have no labels
+
+
+def test_a_head_of_another_size_is_made_anew(bert, reviews, tmp_path) -> None:
+    three = BertForSequenceClassification.from_pretrained(bert, num_labels=3)
+    three.save_pretrained(tmp_path / "three")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "three")
+    more = ("--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no")
+    facts = text_classification.main(flags(str(tmp_path / "three"), reviews, tmp_path / "out", *more))
+    assert facts["steps"] == 1
 
 
 def test_measures_on_known_numbers() -> None:
