@@ -170,7 +170,7 @@ def _check_lora(family: type[Family], component: str, model: nn.Module, config: 
         raise InputError(f"--save_lora: diffusers' {family.pipeline_class} loads no LoRA.")
     for name in sorted(config.target_modules):
         layer = model.get_submodule(name)
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+        if getattr(layer, "groups", 1) > 1:
             raise InputError(
                 f"--save_lora: {component}.{name} is a convolution in groups, for which LoRA files have no form; "
                 "--targets attention leaves it out."
