@@ -94,6 +94,7 @@ def generate(
     """
     state = PartialState()
     missing = [(p, s) for p in prompts for s in seeds if not image_path(folder, p, s).exists()]
+    state.wait_for_everyone()  # until all have listed, nobody writes: else their shares would not be of one list
     with state.split_between_processes(missing) as own:
         make_images(pipe, folder, own, sampling, description)
     state.wait_for_everyone()

@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 
 pytest.importorskip("open_clip")
 
+from eval import generation
 from eval.__main__ import main
 from eval.generation import image_path
 from eval.prompts import Prompt, check_all_read, read_classes, read_templates
@@ -147,6 +151,47 @@ def test_two_processes_give_the_numbers_of_one(tmp_path) -> None:
     made = [int((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)]
     assert sum(made) == 2 * 2 + 2 * 8 * 2
     assert abs(made[0] - made[1]) <= 3
+
+
+class OneOfTwo:
+    """`PartialState` of one of two processes, which here are threads; the second begins once the first waits."""
+
+    barrier, first_waits, own = threading.Barrier(2), threading.Event(), threading.local()
+
+    def __init__(self) -> None:
+        self.rank = self.own.rank
+
+    def wait_for_everyone(self) -> None:
+        self.first_waits.set()
+        self.barrier.wait(timeout=600)
+
+    @contextmanager
+    def split_between_processes(self, items: list) -> Iterator[list]:
+        yield items[self.rank :: 2]
+
+
+def test_a_slow_process_and_a_fast_one_make_all_images(tmp_path, monkeypatch) -> None:
+    """One that lists what is missing while the other makes its share would take shares of another list."""
+
+    def make_images(pipe, folder, wanted, *rest) -> None:
+        for prompt, seed in wanted:
+            image_path(folder, prompt, seed).parent.mkdir(parents=True, exist_ok=True)
+            image_path(folder, prompt, seed).touch()
+
+    def work(rank: int) -> None:
+        OneOfTwo.own.rank = rank
+        if rank == 1:
+            OneOfTwo.first_waits.wait(timeout=600)
+        generation.generate(None, tmp_path, ["a", "b"], range(3), None, "")
+
+    monkeypatch.setattr(generation, "PartialState", OneOfTwo)
+    monkeypatch.setattr(generation, "make_images", make_images)
+    threads = [threading.Thread(target=work, args=[rank]) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list(tmp_path.rglob("*.png"))) == 6
 
 
 @pytest.mark.parametrize(
