@@ -19,15 +19,13 @@ from .table import markdown, markdown_of_trials
 
 # Group, then what each variant changes in the default preset or its estimate.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "sampling": {
-        "random": {"sampling": "random"},
-        "low frequency": {"sampling": "low_frequency"},
-        "free, random": {"positions": "free", "sampling": "random"},
-        "free, low frequency": {"positions": "free", "sampling": "low_frequency"},
-        "free, the largest": {"positions": "free", "sampling": "top"},  # a dense grid has the largest by default
+    "sampling": {"random": {"sampling": "random"}, "low frequency": {"sampling": "low_frequency"}},
+    # A dense grid draws nothing: these are for free positions, whose default, gamma 2, is "positions: free".
+    "free": {
+        **{name: {"positions": "free", "sampling": name.replace(" ", "_")} for name in ("random", "low frequency")},
+        "the largest": {"positions": "free", "sampling": "top"},
+        **{f"gamma {g:g}": {"positions": "free", "gamma": g} for g in (0.5, 1.0, 1.5, 3.0, 5.0)},
     },
-    # A dense grid draws nothing: gamma is for free positions. 2 is the default's, which "positions: free" has.
-    "gamma": {f"gamma {g:g}": {"positions": "free", "gamma": g} for g in (0.5, 1.0, 1.5, 3.0, 5.0)},
     "n": {f"n {n}": {"n_frequency": n} for n in (0.0004, 0.0008, 0.0032, 0.0064)},
     # As many in all as the default's 0.0016 of each layer's weights have on the toybox.
     "spread": {"the same number in each layer": {"n_frequency": 171}},

@@ -81,7 +81,7 @@ METHODS = (
     Method("lora-bytes", "LoRA, nearest in bytes", "lora-bytes", 3e-4),
     Method("oft", "OFT", "oft", 1e-3),
     Method("fourierft", "FourierFT", "fourierft", 1e-2),
-    Method("waveft", "WaveFT", "waveft", 1e-3),
+    Method("waveft", "WaveFT", "waveft", 1e-4),
     s2ft("s2ft-paper", "S²FT, paper", 1e-2, "paper"),
     s2ft("s2ft-default", "S²FT, default", 1e-3),
 )
