@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Stepped once a step by the loop itself: a prepared scheduler would count processes.
     accelerator.register_for_checkpointing(scheduler)
     checkpoints = Checkpoints(accelerator, settings.output_dir, components, settings.checkpoints.limit)
-    state = TrainingState(flags=flags)
-    if resume_path is not None:
-        state = checkpoints.load(resume_path)
-        logger.info("Resuming from %s, after step %d.", resume_path, state.step)
-        made = {name: state.flags.get(name, flags[name]) for name in ("estimate", "estimate_draws")}
-        state.flags = {**flags, **made}  # the estimate as it was made, whatever is asked for now
+    state = resume(checkpoints, resume_path, flags)
     accelerator.init_trackers("dreambooth-s2ft", config=state.flags)
     if main_process and settings.checkpoints.overwrite:  # now that nothing is in the way of new ones
         clear_checkpoints(settings.output_dir)
@@ -279,6 +274,17 @@ def estimate(
         return estimate_prior(list(components.values()), magnified, bar, estimate=settings.kind, adapter_name=ADAPTER)
     except NotFiniteError as error:
         raise Diverged(str(error)) from None
+
+
+def resume(checkpoints: Checkpoints, path: Path | None, flags: Mapping[str, Any]) -> TrainingState:
+    """Load the checkpoint that the run goes on from, if any; returns where it is then."""
+    if path is None:
+        return TrainingState(flags=dict(flags))
+    state = checkpoints.load(path)
+    logger.info("Resuming from %s, after step %d.", path, state.step)
+    made = {name: state.flags.get(name, flags[name]) for name in ("estimate", "estimate_draws")}
+    state.flags = {**flags, **made}  # the estimate as it was made, whatever is asked for now
+    return state
 
 
 def train(

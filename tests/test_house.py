@@ -53,6 +53,12 @@ def test_the_tuner_needs_torch_and_peft_alone() -> None:
     assert done.stdout.strip() == "ok", done.stderr[-2000:]
 
 
+def test_the_recipe_can_be_read_from_top_to_bottom() -> None:
+    tree = ast.parse((PACKAGE.parent / "train_dreambooth_s2ft.py").read_text(encoding="utf-8"))
+    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert main.end_lineno - main.lineno < 120
+
+
 def imports(path: Path) -> set[str]:
     """The folders of the package that a file imports from when it is imported itself, by relative imports."""
     found = set()
