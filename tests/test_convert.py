@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -246,11 +246,12 @@ def test_merging_into_a_base(base, saved, tmp_path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_failed_merge_leaves_nothing(base, saved, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("I/O error: disk full")])
+def test_a_failed_merge_leaves_nothing(base, saved, tmp_path, monkeypatch, error) -> None:
     path, _, _ = saved
 
     def full(*names: object) -> None:
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr("s2ft_diffusion.adapters.base_files.save_file", full)
     with pytest.raises(OSError, match="disk full"):

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_CONFIG_NAME = "adapter_config.json"
 LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
-DEPTHWISE = "a depthwise convolution, for which LoRA files have no form; merge it into the base"
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # a base's weights, by component and layer
 
@@ -52,7 +51,10 @@ def state_dict(lora: Lora, tool: Tool) -> dict[str, torch.Tensor]:
             except ValueError as error:
                 raise ValueError(f"{component}.{name}: {error}.") from None
             if math.prod(layer.kernel) > 1 and layer.down.shape[1] == math.prod(layer.kernel):
-                raise ValueError(f"{component}.{name}: {DEPTHWISE}.")
+                raise ValueError(
+                    f"{component}.{name}: a depthwise convolution, for which LoRA files have no form; merge it into "
+                    "the base."
+                )
             if key + down_end in tensors:
                 raise ValueError(f"{component}.{name} is there under two names.")
             tensors[key + down_end] = _spread(layer.down, layer.kernel)

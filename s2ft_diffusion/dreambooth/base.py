@@ -112,6 +112,8 @@ def plan_base(
             }
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise _no_base(name, error) from None
+    if lora and not hasattr(getattr(diffusers, family.pipeline_class), "load_lora_weights"):
+        raise InputError(f"--save_lora: diffusers' {family.pipeline_class} loads no LoRA.")
     if reason := family.check(configs):
         raise InputError(f"{name!r} cannot be trained: {reason}.")
     side = resolution or family.default_side(configs)
@@ -125,7 +127,7 @@ def plan_base(
         adapters[component] = adapter.config([layer for layer in named if layer not in lost], seed)
         _check_room(component, model, adapters[component])
         if lora:
-            _check_lora(family, component, model, adapters[component])
+            _check_lora(component, model, adapters[component])
     shape = family.latent_shape(configs, side)
     objective = family.objective(configs, shape, loss or LossSettings())
     return BasePlan(settings, location, family, side, shape, objective, adapters, tuple(left_out), index, configs)
@@ -165,9 +167,7 @@ def _check_room(component: str, model: nn.Module, config: S2FTConfig) -> None:
             raise InputError(f"{component}.{name}: {error}") from None
 
 
-def _check_lora(family: type[Family], component: str, model: nn.Module, config: S2FTConfig) -> None:
-    if not hasattr(getattr(diffusers, family.pipeline_class), "load_lora_weights"):
-        raise InputError(f"--save_lora: diffusers' {family.pipeline_class} loads no LoRA.")
+def _check_lora(component: str, model: nn.Module, config: S2FTConfig) -> None:
     for name in sorted(config.target_modules):
         layer = model.get_submodule(name)
         if getattr(layer, "groups", 1) > 1:

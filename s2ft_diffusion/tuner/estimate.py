@@ -74,7 +74,9 @@ def estimate_by_gradient(
 # "scaled"
 
 
-def estimate_by_scaled_gradients(layers: Mapping[str, S2FTLayer], loss: Loss, batches: Iterable[Any]) -> WeightChange:
+def estimate_by_scaled_gradients(
+    layers: Mapping[str, S2FTLayer], loss: Loss, batches: Iterable[Any]
+) -> dict[str, torch.Tensor]:
     """-sum g / rms(g) of every layer, rms(g) a gradient's own root mean square: no batch drowns the others.
 
     The sums are held in host memory in the dtype that the layers compute in, and rounded up or down at random, in
@@ -86,7 +88,7 @@ def estimate_by_scaled_gradients(layers: Mapping[str, S2FTLayer], loss: Loss, ba
             _backward(loss, batch)
     for name, layer in layers.items():
         _add_up(sums[name].total, layer.get_base_layer().weight.device)
-    return WeightChange({name: each.total for name, each in sums.items()})
+    return {name: each.total for name, each in sums.items()}
 
 
 class _ScaledSum:
@@ -208,7 +210,7 @@ def estimate_by_training(
     *,
     step_size: float,
     accumulation: int,
-) -> WeightChange:
+) -> dict[str, torch.Tensor]:
     """The change (d, k) of every layer's weight by a step of training for every `accumulation` batches."""
     try:
         count = len(batches)
@@ -231,17 +233,18 @@ def estimate_by_training(
         with _uninterrupted():
             arrivals.close()
             _restore(trained)
-    return WeightChange({name: as_matrix(weight.base, weight.kept) for name, weight in trained.items()})
+    return {name: as_matrix(weight.base, weight.kept) for name, weight in trained.items()}
 
 
 class WeightChange(Mapping[str, torch.Tensor]):
     """Weight changes by layer: each (d, k) in float32 in host memory, made when asked for.
 
-    They are held in the weights' own dtype, in which the difference of two near numbers is exact.
+    They are held in the dtype that they were made in; where that is the weights' own, the difference of two near
+    numbers is exact. `owners` says whose change each layer has: layers that share a weight have one.
     """
 
-    def __init__(self, changes: Mapping[str, torch.Tensor]) -> None:
-        self._changes = dict(changes)
+    def __init__(self, changes: Mapping[str, torch.Tensor], owners: Mapping[str, str]) -> None:
+        self._changes = {name: changes[owner] for name, owner in owners.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._changes[name].float()

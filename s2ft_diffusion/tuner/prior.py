@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .config import S2FTConfig
 from .estimate import (
     NotFiniteError,
+    WeightChange,
     distributed,
     estimate_by_gradient,
     estimate_by_scaled_gradients,
@@ -140,13 +141,14 @@ def estimate_prior(
     once = {name: layer for name, layer in layers.items() if owners[name] == name}
     with _only_base_weights_train(models, layers):
         if estimate == "full":
-            prior = estimate_by_training(
+            found = estimate_by_training(
                 once, loss, batches, step_size=step_size, accumulation=gradient_accumulation_steps
             )
         elif estimate == "scaled":
-            prior = estimate_by_scaled_gradients(once, loss, batches)
+            found = estimate_by_scaled_gradients(once, loss, batches)
         else:
-            prior = estimate_by_gradient(once, loss, batches, normalized=estimate == "normalized")
+            found = estimate_by_gradient(once, loss, batches, normalized=estimate == "normalized")
+    prior = WeightChange(found, owners)
     unreached = []
     for name, matrix in prior.items():
         if not torch.isfinite(matrix).all():
@@ -159,23 +161,7 @@ def estimate_prior(
             f"{', '.join(unreached)}.",
             stacklevel=2,
         )
-    return _Shared(prior, owners) if len(once) < len(layers) else prior
-
-
-class _Shared(Mapping[str, torch.Tensor]):
-    """A prior for layers that share weights: each has that of the layer that stands for them."""
-
-    def __init__(self, prior: Mapping[str, torch.Tensor], owners: Mapping[str, str]) -> None:
-        self._prior, self._owners = prior, owners
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._prior[self._owners[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owners)
-
-    def __len__(self) -> int:
-        return len(self._owners)
+    return prior
 
 
 def place_from_prior(
